@@ -1,0 +1,1 @@
+"""Operations: public functions, the internal op layer and its backends."""

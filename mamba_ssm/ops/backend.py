@@ -1,0 +1,133 @@
+"""Which backend runs an op, and why.
+
+``native`` (compiled, per device) comes before ``triton`` (any GPU that Triton serves) and
+``reference`` (pure PyTorch, anything). ``auto``, the default, takes the first that supports the
+call. An explicit choice, by the environment variable ``MAMBA_SSM_BACKEND`` or with
+``with mamba_ssm.backend("reference"):``, never falls back: it raises and says what is unsupported.
+The choice holds for the whole process, as torch's own backend flags do.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from . import native
+from .schema import NAMESPACE, OPS
+
+BACKENDS = ("auto", "native", "triton", "reference")
+ENVIRONMENT_VARIABLE = "MAMBA_SSM_BACKEND"
+
+# What the shipped sources compile, by device: where such a kernel is absent, installing it helps.
+SHIPPED_KERNELS = {"cpu": frozenset({"_state_update"}), "cuda": frozenset({"_state_update"})}
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_DEFAULT = {op.name: getattr(getattr(torch.ops, NAMESPACE), op.name).default for op in OPS}
+_REFERENCE = {op.name: getattr(getattr(torch.ops, NAMESPACE), op.name).reference for op in OPS}
+_warned: set[str] = set()
+
+
+class BackendError(RuntimeError):
+    """An explicitly chosen backend does not serve the call."""
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; allowed: {', '.join(BACKENDS)}")
+    return name
+
+
+_choice = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+
+
+def current() -> str:
+    """The backend asked for: one of ``auto``, ``native``, ``triton``, ``reference``."""
+    return _choice
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the backend of every op called inside the ``with`` block (process-wide).
+
+    Raises ValueError for an unknown name; inside the block a call that the backend does not serve
+    raises :class:`BackendError` instead of falling back.
+    """
+    global _choice
+    previous, _choice = _choice, _checked(name, "backend name")
+    try:
+        yield
+    finally:
+        _choice = previous
+
+
+def why_not_native(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """None if the compiled kernel serves this op, device and dtype, else the reason."""
+    if not native.has_kernel(op, device_type):
+        loaded, reason = native.status().get(device_type, (False, f"no kernels exist for {device_type!r}"))
+        return f"the {device_type} library has no kernel for {op} yet" if loaded else reason
+    if dtype not in _FLOATS:
+        return f"the {device_type} kernels take fp32, fp16 and bf16, not {dtype}"
+    return None
+
+
+def _warn_slower(device_type: str) -> None:
+    if torch.compiler.is_compiling() or device_type in _warned:
+        return
+    _warned.add(device_type)
+    reason = native.status()[device_type][1]
+    warnings.warn(
+        f"mamba_ssm runs on the slower pure PyTorch reference on {device_type!r}: {reason}. "
+        "`python -m mamba_ssm build` compiles the kernels; `python -m mamba_ssm info` tells more; "
+        f"{ENVIRONMENT_VARIABLE}=reference chooses the reference and silences this.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def resolve(op: str, device_type: str, dtype: torch.dtype) -> Callable:
+    """The callable that serves internal op ``op`` for inputs of this device and dtype.
+
+    Raises :class:`BackendError` when the backend was chosen explicitly and does not serve the call.
+    """
+    if _choice == "reference":
+        return _REFERENCE[op]
+    if _choice == "triton":
+        raise BackendError(
+            f"backend 'triton' was chosen, but it has no kernel for {op}; "
+            "choose 'auto', 'native' or 'reference'"
+        )
+    if native.has_kernel(op, device_type) and dtype in _FLOATS:
+        return _DEFAULT[op]
+    if _choice == "native":
+        raise BackendError(
+            f"backend 'native' was chosen, but it does not serve {op} on {device_type} in {dtype}: "
+            f"{why_not_native(op, device_type, dtype)}"
+        )
+    if op in SHIPPED_KERNELS.get(device_type, ()) and not native.has_kernel(op, device_type):
+        _warn_slower(device_type)
+    return _REFERENCE[op]
+
+
+def report() -> list[dict[str, str]]:
+    """For each op, device type and dtype: the backend that serves it and why native does not."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    rows = []
+    for op in OPS:
+        for device in devices:
+            for dtype in (*_FLOATS, torch.float64):
+                reason = why_not_native(op.name, device, dtype)
+                served = "reference" if reason or _choice == "reference" else "native"
+                rows.append(
+                    {
+                        "op": op.name,
+                        "device": device,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "backend": served,
+                        "reason": reason or "",
+                    }
+                )
+    return rows

@@ -1,0 +1,217 @@
+"""Every internal torch op on one page: schema, shape function, one-line meaning.
+
+The ops live in the torch namespace ``mamba_ssm::``, are private, have fixed arity and carry no
+autograd: the public functions wrap them in ``torch.autograd.Function``. Each op exists twice:
+
+- ``_name``: dispatches to a compiled kernel where one is registered, else to the reference;
+- ``_name.reference``: always the pure PyTorch reference, so that a backend can be chosen explicitly.
+
+Letters: b batch, d channels, l length, n state size, g groups, w conv width, S number of states
+(the batch, or with ``seq_idx`` the number of sequences), k number of chunks. An absent optional
+result is an empty tensor of shape (0,).
+
+Index conventions shared by the sequence ops: ``seq_idx`` (b, l) int32 restarts the state where the
+id changes; a negative id is padding (output 0, state untouched, gradient 0); states passed in or
+out are then indexed by the id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dtypes import accumulate_dtype
+from .reference import causal_conv1d as _ref_conv
+from .reference import norm as _ref_norm
+from .reference import selective_scan as _ref_scan
+from .reference import state_update as _ref_update
+
+NAMESPACE = "mamba_ssm"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One internal op: its arguments and results, what it means, its reference and its fake."""
+
+    name: str
+    signature: str
+    meaning: str
+    reference: Callable
+    fake: Callable
+
+
+def _absent(like: Tensor) -> Tensor:
+    return like.new_empty((0,))
+
+
+def _optional_like(x: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    if x is None:
+        return _absent(like)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _scan_fwd_fake(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, num_states, chunk_size
+):
+    b, d, length = u.shape
+    acc = accumulate_dtype(u, delta, A, initial_state)
+    chunks = (length + chunk_size - 1) // chunk_size
+    return (
+        u.new_empty(u.shape),
+        u.new_empty((num_states, d, A.shape[1]), dtype=acc),
+        u.new_empty((b, chunks, d, A.shape[1]), dtype=acc),
+    )
+
+
+def _scan_bwd_fake(
+    dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx,
+    num_states, chunk_size, chunk_states,
+):  # fmt: skip
+    acc = accumulate_dtype(u, delta, A, initial_state)
+    return (
+        u.new_empty(u.shape),
+        delta.new_empty(delta.shape),
+        A.new_empty(A.shape, dtype=acc),
+        B.new_empty(B.shape),
+        C.new_empty(C.shape),
+        _optional_like(D, u, acc),
+        _optional_like(z, u),
+        _optional_like(delta_bias, u, acc),
+        _optional_like(initial_state, u, acc),
+    )
+
+
+def _conv_fwd_fake(x, weight, bias, initial_states, seq_idx, num_states, silu):
+    return x.new_empty(x.shape), x.new_empty((num_states, x.shape[1], weight.shape[1] - 1))
+
+
+def _conv_bwd_fake(dout, dfinal_states, x, weight, bias, initial_states, seq_idx, num_states, silu):
+    acc = accumulate_dtype(x, weight)
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape, dtype=acc),
+        _optional_like(bias, x, acc),
+        _optional_like(initial_states, x),
+    )
+
+
+def _conv_update_fake(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices):
+    return x.new_empty(x.shape)
+
+
+def _state_update_fake(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices):
+    return x.new_empty(x.shape)
+
+
+def _norm_fwd_fake(x, residual, weight, bias, eps, is_rms_norm, residual_dtype):
+    rows = x.shape[0]
+    acc = accumulate_dtype(x, residual)
+    residual_out = _absent(x)
+    if residual is not None or residual_dtype not in (None, x.dtype):
+        residual_out = x.new_empty(x.shape, dtype=residual_dtype or x.dtype)
+    mean = _absent(x).to(acc) if is_rms_norm else x.new_empty((rows,), dtype=acc)
+    return x.new_empty(x.shape), residual_out, mean, x.new_empty((rows,), dtype=acc)
+
+
+def _norm_bwd_fake(dy, dresidual_out, residual_out, weight, bias, mean, rstd, is_rms_norm):
+    acc = accumulate_dtype(residual_out)
+    return (
+        dy.new_empty(dy.shape, dtype=acc),
+        weight.new_empty(weight.shape, dtype=acc),
+        _optional_like(bias, dy, acc),
+    )
+
+
+OPS: tuple[Op, ...] = (
+    Op(
+        "_selective_scan_fwd",
+        "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+        "Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, Tensor? seq_idx, "
+        "SymInt num_states, SymInt chunk_size) -> (Tensor out, Tensor final_state, Tensor chunk_states)",
+        "u, delta, z (b,d,l); A (d,n); B, C (d,n) or (b,g,n,l) -> out (b,d,l), final_state (S,d,n), "
+        "chunk_states (b,k,d,n): the state entering each chunk of chunk_size steps",
+        _ref_scan.selective_scan_fwd,
+        _scan_fwd_fake,
+    ),
+    Op(
+        "_selective_scan_bwd",
+        "(Tensor dout, Tensor? dfinal_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+        "Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, "
+        "Tensor? seq_idx, SymInt num_states, SymInt chunk_size, Tensor chunk_states) -> "
+        "(Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, "
+        "Tensor ddelta_bias, Tensor dinitial_state)",
+        "gradients of _selective_scan_fwd; du, ddelta, dB, dC, dz in their input's dtype, the rest fp32",
+        _ref_scan.selective_scan_bwd,
+        _scan_bwd_fake,
+    ),
+    Op(
+        "_causal_conv1d_fwd",
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, Tensor? seq_idx, "
+        "SymInt num_states, bool silu) -> (Tensor out, Tensor final_states)",
+        "depthwise causal convolution of x (b,d,l) with weight (d,w), then SiLU if asked; "
+        "states (S,d,w-1) are the last w-1 inputs",
+        _ref_conv.causal_conv1d_fwd,
+        _conv_fwd_fake,
+    ),
+    Op(
+        "_causal_conv1d_bwd",
+        "(Tensor dout, Tensor? dfinal_states, Tensor x, Tensor weight, Tensor? bias, "
+        "Tensor? initial_states, Tensor? seq_idx, SymInt num_states, bool silu) -> "
+        "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_states)",
+        "gradients of _causal_conv1d_fwd; dx, dinitial_states in x's dtype, dweight, dbias fp32",
+        _ref_conv.causal_conv1d_bwd,
+        _conv_bwd_fake,
+    ),
+    Op(
+        "_causal_conv1d_update",
+        "(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu, "
+        "Tensor? cache_seqlens, Tensor? conv_state_indices) -> Tensor",
+        "the convolution for a few new inputs x (b,d,l); conv_state (S,d,s>=w-1) is moved on in place, "
+        "as a ring buffer when cache_seqlens is given",
+        _ref_conv.causal_conv1d_update,
+        _conv_update_fake,
+    ),
+    Op(
+        "_state_update",
+        "(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+        "Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices) -> Tensor",
+        "one step of the recurrence with h heads of p channels: state (S,h,p,n) in place; x, dt, z "
+        "(b,h,p); A (h,p,n); B, C (b,g,n); D, dt_bias (h,p) -> (b,h,p)",
+        _ref_update.state_update,
+        _state_update_fake,
+    ),
+    Op(
+        "_add_norm_fwd",
+        "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool is_rms_norm, "
+        "ScalarType? residual_dtype) -> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)",
+        "rows x (m,d): residual_out = x + residual (absent where it would be x itself), "
+        "y = norm(residual_out) from the unrounded sum; mean (m,) is absent for RMS norm, rstd (m,)",
+        _ref_norm.add_norm_fwd,
+        _norm_fwd_fake,
+    ),
+    Op(
+        "_add_norm_bwd",
+        "(Tensor dy, Tensor? dresidual_out, Tensor residual_out, Tensor weight, Tensor? bias, "
+        "Tensor mean, Tensor rstd, bool is_rms_norm) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+        "gradients of _add_norm_fwd, all fp32; dx is the gradient of the sum x + residual",
+        _ref_norm.add_norm_bwd,
+        _norm_bwd_fake,
+    ),
+)
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _register(op: Op) -> None:
+    for overload in ("", ".reference"):
+        name = op.name + overload
+        _library.define(name + op.signature)
+        _library.impl(name, op.reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", op.fake, lib=_library)
+
+
+for _op in OPS:
+    _register(_op)
