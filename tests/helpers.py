@@ -1,0 +1,111 @@
+"""What the op tests share: the tolerance rule, and outputs together with all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _norms(values: Tensor) -> tuple[float, float]:
+    """(largest, root mean square) of the values; zeros for an empty tensor."""
+    if values.numel() == 0:
+        return 0.0, 0.0
+    values = values.abs()
+    return values.max().item(), values.square().mean().sqrt().item()
+
+
+def assert_close_to_oracle(
+    actual: Tensor, reference: Tensor, oracle: Tensor, name: str = "result"
+) -> None:
+    """The one tolerance rule: error <= 2 x (the reference's error + one rounding of the dtype).
+
+    ``oracle`` is the fp64 (or complex128) result from the same inputs, ``reference`` that of the
+    plain implementation in the dtypes under test. Errors are compared in the largest value and in
+    the root mean square, so neither one bad element nor a broad loss of accuracy passes.
+    """
+    assert actual.shape == oracle.shape, f"{name}: shape {actual.shape}, expected {oracle.shape}"
+    dtype = reference.dtype
+    assert actual.dtype == dtype, f"{name}: dtype {actual.dtype}, expected {dtype}"
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    actual, reference, oracle = (t.detach().to("cpu", wide) for t in (actual, reference, oracle))
+    assert oracle.isfinite().all(), f"{name}: the oracle is not finite; choose other inputs"
+    assert actual.isfinite().all(), f"{name}: not finite"
+    rounding = torch.finfo(dtype).eps
+    norms = zip(
+        ("largest", "rms"),
+        _norms(actual - oracle),
+        _norms(reference - oracle),
+        _norms(oracle),
+        strict=True,
+    )
+    for kind, error, reference_error, size in norms:
+        bound = 2 * (reference_error + rounding * size)
+        assert error <= bound, f"{name}: {kind} error {error:.3e} > {bound:.3e} ({kind} {size:.3e})"
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def to_double(value: Any) -> Any:
+    """A floating (complex) tensor in fp64 (complex128); anything else unchanged."""
+    if not _is_float(value):
+        return value
+    return value.detach().to(torch.complex128 if value.is_complex() else torch.float64)
+
+
+def cotangent(shape: Iterable[int], dtype: torch.dtype, device="cpu", seed: int = 1) -> Tensor:
+    """A random gradient whose values every dtype represents exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    real = torch.randn(tuple(shape), generator=generator).bfloat16()
+    return real.to(device, dtype)
+
+
+def _named_outputs(result: Any) -> dict[str, Tensor]:
+    outputs = result if isinstance(result, (tuple, list)) else (result,)
+    return {f"output {i}": t for i, t in enumerate(outputs) if isinstance(t, Tensor)}
+
+
+def evaluate(
+    fn: Callable, inputs: dict[str, Any], without_grad: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """Outputs of ``fn(**inputs)`` and the gradient of every floating input, by name.
+
+    Strides of the inputs are kept (also stride 0). An input that got no gradient is left out.
+    """
+    leaves = {
+        name: value.detach().requires_grad_(name not in without_grad) if _is_float(value) else value
+        for name, value in inputs.items()
+    }
+    results = _named_outputs(fn(**leaves))
+    roots = {name: t for name, t in results.items() if t.requires_grad}
+    if roots:
+        seeds = [
+            cotangent(t.shape, t.dtype, t.device, seed) for seed, t in enumerate(roots.values(), 1)
+        ]
+        torch.autograd.backward(list(roots.values()), seeds)
+    for name, value in leaves.items():
+        if _is_float(value) and value.grad is not None:
+            results[f"grad of {name}"] = value.grad
+    return {name: t.detach() for name, t in results.items()}
+
+
+def assert_matches(
+    fn: Callable,
+    reference: Callable,
+    inputs: dict[str, Any],
+    without_grad: Iterable[str] = (),
+) -> None:
+    """``fn`` and the plain differentiable ``reference`` agree in outputs and in all gradients.
+
+    Both take ``inputs`` by name; the oracle is ``reference`` with every floating input in fp64.
+    """
+    actual = evaluate(fn, inputs, without_grad)
+    plain = evaluate(reference, inputs, without_grad)
+    exact = evaluate(reference, {k: to_double(v) for k, v in inputs.items()}, without_grad)
+    assert actual.keys() == plain.keys(), f"{sorted(actual)} differ from {sorted(plain)}"
+    for name in actual:
+        assert_close_to_oracle(actual[name], plain[name], exact[name], name)
