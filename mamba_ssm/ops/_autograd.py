@@ -1,0 +1,61 @@
+"""Gradients of gradients: the fused backward passes are not differentiable, the plain ops are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def wants_double_backward() -> bool:
+    """Whether the backward pass that runs now must itself be differentiable (``create_graph=True``)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def needs_grad(*values: Any) -> bool:
+    """Whether autograd records now and any of the values requires a gradient."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in values
+    )
+
+
+def differentiable_backward(
+    ref_fn: Callable, inputs: Sequence[Any], grad_outputs: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``ref_fn(*inputs)`` that can be differentiated again.
+
+    ``ref_fn`` is a plain differentiable implementation; it returns a tensor or a tuple with one
+    entry for every entry of ``grad_outputs`` (None there: no gradient arrives). Returns one entry
+    for every input: None for non-tensors and for tensors that require no gradient.
+    """
+    with torch.enable_grad():
+        # Views, so that an input which is computed from another one, or given twice, gets only its
+        # own share; they stay connected to the originals for the next differentiation.
+        values = [
+            value.view_as(value) if isinstance(value, Tensor) and value.requires_grad else value
+            for value in inputs
+        ]
+        outputs = ref_fn(*values)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        if len(outputs) != len(grad_outputs):
+            raise ValueError(f"{len(outputs)} outputs, but {len(grad_outputs)} gradients of outputs")
+        pairs = [
+            (output, grad)
+            for output, grad in zip(outputs, grad_outputs, strict=True)
+            if grad is not None and isinstance(output, Tensor) and output.requires_grad
+        ]
+        wanted = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
+        grads: list[Tensor | None] = [None] * len(values)
+        if pairs and wanted:
+            found = torch.autograd.grad(
+                [output for output, _ in pairs],
+                [values[i] for i in wanted],
+                [grad for _, grad in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+            for i, grad in zip(wanted, found, strict=True):
+                grads[i] = grad
+    return tuple(grads)
