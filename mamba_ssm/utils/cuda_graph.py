@@ -1,7 +1,7 @@
 """The decode step as a CUDA graph: one launch per token instead of one per kernel.
 
 A graph replays on fixed memory, so it belongs to one set of caches, one batch size, one dtype and
-one set of parameter tensors. The cache here is keyed by all of them: nothing stale is ever replayed.
+one set of parameter tensors. The cache here is keyed by all of them: it never replays a stale one.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mamba_ssm.utils.cuda_graph import has_attention, update_graph_cache
+from mamba_ssm.utils.cuda_graph import update_graph_cache
 from mamba_ssm.utils.generation_state import (
     GenerationState,
     InferenceParams,
@@ -71,8 +71,6 @@ class DecodeRequest:
             eos = eos.flatten().tolist()
         self.eos = [] if eos is None else [eos] if isinstance(eos, int) else [int(i) for i in eos]
         self.pad = self.pad_token_id if self.pad_token_id is not None else (self.eos or [0])[0]
-        if has_attention(self.model):
-            self._check_hybrid()
 
     def _check_prompt(self) -> None:
         ids, state = self.input_ids, self.state
@@ -115,7 +113,8 @@ class DecodeRequest:
         if not isinstance(mask, Tensor) or mask.shape != self.input_ids.shape:
             got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
-                f"attention_mask must have input_ids' shape {tuple(self.input_ids.shape)}, got {got}"
+                f"attention_mask must have the shape of input_ids, "
+                f"{tuple(self.input_ids.shape)}, got {got}"
             )
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError("attention_mask must hold only 0 (padding) and 1 (token)")
@@ -142,19 +141,6 @@ class DecodeRequest:
             raise ValueError(
                 f"teacher_outputs must be ({self.input_ids.shape[0]}, n) int64, got "
                 f"{tuple(teacher.shape)} {teacher.dtype}"
-            )
-
-    def _check_hybrid(self) -> None:
-        # Attention caches hold one length for the whole batch.
-        if self.attention_mask is not None and not bool(self.attention_mask.all()):
-            raise ValueError(
-                "padded prompts need a model without attention layers: generate row by row, or "
-                "batch prompts of equal length"
-            )
-        if self.return_state and self.input_ids.shape[0] > 1 and (self.eos or self.stop_strings):
-            raise ValueError(
-                "with attention layers, return_state needs batch size 1 or rows that end together "
-                "(no eos_token_id and no stop_strings)"
             )
 
 
@@ -193,7 +179,7 @@ class DecodeLoop:
         if self.mask is None:
             return tail
         kept = self.mask[:, -_DECODER_CONTEXT:].tolist()
-        return [[i for i, k in zip(*row) if k] for row in zip(tail, kept)]
+        return [[i for i, k in zip(*row, strict=True) if k] for row in zip(tail, kept, strict=True)]
 
     def run(self) -> None:
         """Prefill, then steps until every row is finished or max_length is reached."""
@@ -308,7 +294,7 @@ class DecodeLoop:
             done = self.finished.tolist()
             hits = [
                 not d and self.stops.push(i, t)
-                for i, (t, d) in enumerate(zip(tokens.tolist(), done))
+                for i, (t, d) in enumerate(zip(tokens.tolist(), done, strict=True))
             ]
             ending |= torch.tensor(hits, dtype=torch.bool, device=self.device)
         ending &= ~self.finished

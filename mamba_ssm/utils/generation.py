@@ -95,7 +95,7 @@ def decode(
         stop_strings: text that finishes a row once its generated part contains it; the tokens that
             complete the text stay in the result. Needs `tokenizer`.
         tokenizer: object with `decode(list[int], skip_special_tokens=...)`.
-        seed: sample reproducibly, from a generator of this call's own; None uses torch's global one.
+        seed: sample reproducibly, from a generator of this call's own; None uses the global one.
         prefill_chunk_size: consume the prompt in pieces of this many tokens (less memory, the same
             result).
         state: continue after the call that returned this state: its text is not processed again.

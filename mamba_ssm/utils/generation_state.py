@@ -156,7 +156,9 @@ class GenerationState:
                     _check_fits(layer, target, source)
                     pairs.append((target, source))
         for target, source in pairs:
-            common = tuple(slice(0, min(sizes)) for sizes in zip(target.shape, source.shape))
+            common = tuple(
+                slice(0, min(sizes)) for sizes in zip(target.shape, source.shape, strict=True)
+            )
             target[common] = source[common]
 
 
@@ -165,7 +167,8 @@ def _check_fits(layer: int, target: Tensor | None, source: Tensor | None) -> Non
     if target is not None and source is not None and target.dtype == source.dtype:
         free = 1 if target.dim() == 5 else None
         if target.dim() == source.dim() and all(
-            t == s or i == free for i, (t, s) in enumerate(zip(target.shape, source.shape))
+            t == s or i == free
+            for i, (t, s) in enumerate(zip(target.shape, source.shape, strict=True))
         ):
             return
 

@@ -53,7 +53,7 @@ def modify_logits_for_top_k_filtering(logits: Tensor, top_k: int) -> None:
 
 
 def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
-    """Keep each row's smallest set of most likely tokens whose probability reaches `top_p`, in place.
+    """Keep each row's fewest, most likely tokens whose probabilities reach `top_p`, in place.
 
     The most likely token always stays. 0 and 1 keep everything.
 

@@ -96,7 +96,8 @@ class TextStreamer:
         Raises:
             ValueError: for more than one sequence.
         """
-        if value.dim() > 1 and value.shape[0] > 1 or self._decoder and value.numel() > 1:
+        rows = value.shape[0] if value.dim() > 1 or self._decoder else 1
+        if rows > 1:
             raise ValueError("TextStreamer prints one sequence: use batch size 1")
         ids = value.flatten().tolist()
         if self._decoder is None:
