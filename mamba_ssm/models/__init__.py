@@ -1,0 +1,1 @@
+"""Language models: ``mixer_seq_simple.MambaLMHeadModel``, ``config_mamba.MambaConfig``."""
