@@ -1,0 +1,73 @@
+# Each target works from nothing on a fresh machine: it makes .venv, installs torch first, then the
+# rest. What was installed is remembered in stamp files, so a second call starts at once.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PROMPT ?= def fibonacci(n):
+GENLEN ?= 200
+PYTEST_ARGS ?= -q -n 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# The kernels that this machine can run; `make wheel` and `make cuda` compile the CUDA ones anyway.
+DEVICES := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cpu,cuda || echo cpu)
+INSTALL := MAMBA_SSM_BUILD_DEVICES=$(DEVICES) $(PIP) --no-build-isolation
+SOURCES := $(shell find csrc -type f)
+CPP := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+.PHONY: demo test build cuda bench lint format wheel clean
+.DELETE_ON_ERROR:
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)" setuptools wheel ninja
+	@touch $@
+
+# The package alone, editable: what the demo needs.
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py
+	$(INSTALL) -e .
+	@touch $@
+
+# The same with the tools that tests, lint and benchmarks need.
+$(VENV)/.dev: $(VENV)/.package
+	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+# Kernels newer than the sources; the builder itself skips what did not change.
+$(VENV)/.kernels: $(VENV)/.package mamba_ssm/_build.py $(SOURCES)
+	-$(BIN)/python -m mamba_ssm build --device $(DEVICES)
+	@touch $@
+
+demo: $(VENV)/.package
+	$(BIN)/python -m mamba_ssm generate --prompt "$(PROMPT)" --genlen $(GENLEN) --stream
+
+test: $(VENV)/.dev $(VENV)/.kernels
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+build: $(VENV)/.package
+	$(BIN)/python -m mamba_ssm build --device $(DEVICES)
+
+# Compiles the CUDA library whether or not a GPU is here; fails without nvcc.
+cuda: $(VENV)/.package
+	$(BIN)/python -m mamba_ssm build --device cuda
+
+bench: $(VENV)/.dev $(VENV)/.kernels
+	$(BIN)/python benchmarks/benchmark_generation_mamba_simple.py --promptlen 100 --genlen 100
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# dist/mamba_ssm-*-py3-none-PLATFORM.whl with every kernel that can be compiled here.
+wheel: $(VENV)/.torch
+	$(BIN)/python -m pip --disable-pip-version-check wheel . --no-deps --no-build-isolation -w dist
+
+clean:
+	rm -rf build dist *.egg-info mamba_ssm/_native_*.so
