@@ -40,13 +40,17 @@ def differentiable_backward(
         outputs = ref_fn(*values)
         outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         if len(outputs) != len(grad_outputs):
-            raise ValueError(f"{len(outputs)} outputs, but {len(grad_outputs)} gradients of outputs")
+            raise ValueError(
+                f"{len(outputs)} outputs, but {len(grad_outputs)} gradients of outputs"
+            )
         pairs = [
             (output, grad)
             for output, grad in zip(outputs, grad_outputs, strict=True)
             if grad is not None and isinstance(output, Tensor) and output.requires_grad
         ]
-        wanted = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
+        wanted = [
+            i for i, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad
+        ]
         grads: list[Tensor | None] = [None] * len(values)
         if pairs and wanted:
             found = torch.autograd.grad(

@@ -16,7 +16,9 @@ def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
 def check_shape(name: str, x: Tensor | None, shape: tuple[int, ...], axes: str) -> None:
     """Raises ValueError unless ``x`` is None or has exactly this shape; ``axes`` names its sides."""
     if x is not None and x.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)} = {axes}, but has {tuple(x.shape)}")
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} = {axes}, but has {tuple(x.shape)}"
+        )
 
 
 def check_dim(name: str, x: Tensor, dims: tuple[int, ...], axes: str) -> None:
@@ -34,7 +36,9 @@ def check_dtype(name: str, x: Tensor | None, allowed: tuple[torch.dtype, ...] = 
 def check_device(name: str, x: Tensor | None, device: torch.device, owner: str) -> None:
     """Raises ValueError unless ``x`` is None or on the device of the argument called ``owner``."""
     if x is not None and x.device != device:
-        raise ValueError(f"{name} is on {x.device}, but {owner} is on {device}; move it there first")
+        raise ValueError(
+            f"{name} is on {x.device}, but {owner} is on {device}; move it there first"
+        )
 
 
 def values_are_readable(x: Tensor) -> bool:

@@ -17,7 +17,9 @@ from .conv_packing import PackedConv
 from .state_rows import StateRows
 
 
-def _pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None) -> Tensor:
+def _pre_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None
+) -> Tensor:
     """bias + the convolution of x (b,d,l), in the (accumulation) dtype of x."""
     length, last = x.shape[2], weight.shape[1] - 1
     out = x * weight[:, last:]

@@ -117,7 +117,9 @@ class PackedConv:
         before = initial.gather(1, column[..., None].expand(-1, -1, channels))
         return torch.where(inside, tokens, before).transpose(1, 2).contiguous()
 
-    def gradients(self, dpre: Tensor, dfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def gradients(
+        self, dpre: Tensor, dfinal: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of x (b,l,d), weight, bias and initial states, given the pre-activation's."""
         dx = dpre * self.weight[:, self.last]
         dweight = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
@@ -154,7 +156,9 @@ class PackedConv:
             total += _add_rows(size + 1, key, rows)[:size]
         total = total.view(self.num_states, self.last, channels)
         if dfinal is not None:
-            since = self._ends()[1] if dpre.numel() > 0 else self.ids.new_full((self.num_states,), -1)
+            since = (
+                self._ends()[1] if dpre.numel() > 0 else self.ids.new_full((self.num_states,), -1)
+            )
             column = torch.arange(self.last, device=dpre.device)
             source = column - since[:, None] - 1
             index = source.clamp(0, self.last - 1)[..., None].expand(-1, -1, channels)

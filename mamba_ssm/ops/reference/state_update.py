@@ -58,7 +58,8 @@ def state_step(
         B, C = (t.repeat_interleave(heads // groups, dim=1) for t in (B, C))
     decay = torch.exp(dt[..., None] * A.to(dtype))
     new_state = torch.addcmul(state.to(dtype) * decay, (dt * x_acc)[..., None], B[:, :, None, :])
-    out = torch.matmul(new_state, C[..., None]).squeeze(-1)
+    # Not a matmul: autocast would run it in a lower precision.
+    out = (new_state * C[:, :, None, :]).sum(dim=-1)
     if D is not None:
         out = torch.addcmul(out, x_acc, D.to(dtype))
     if z is not None:

@@ -1,0 +1,21 @@
+"""The historical home of the norms."""
+
+from ..layer_norm import (
+    RMSNorm,
+    layer_norm_fn,
+    layer_norm_linear_fn,
+    layer_norm_ref,
+    rms_norm_fn,
+    rms_norm_forward,
+    rms_norm_ref,
+)
+
+__all__ = [
+    "RMSNorm",
+    "layer_norm_fn",
+    "layer_norm_linear_fn",
+    "layer_norm_ref",
+    "rms_norm_fn",
+    "rms_norm_forward",
+    "rms_norm_ref",
+]
