@@ -44,7 +44,7 @@ def _reason_to_skip(device_type: str) -> str | None:
     """Why not even to try loading, or None."""
     disabled = os.environ.get(DISABLE_VARIABLE, "").strip().lower()
     if disabled not in ("", "0", "false"):
-        return f"{DISABLE_VARIABLE}={os.environ[DISABLE_VARIABLE]} leaves the compiled kernels unloaded"
+        return f"{DISABLE_VARIABLE}={disabled} leaves the compiled kernels unloaded"
     if platform.system() != "Linux":
         return f"compiled kernels exist for Linux only, not for {platform.system()}"
     if _torch_version() < MIN_TORCH:
@@ -99,7 +99,7 @@ def status() -> dict[str, tuple[bool, str]]:
 
 
 def has_kernel(op_name: str, device_type: str) -> bool:
-    """Whether the compiled library of ``device_type`` ("cpu", "cuda") serves internal op ``op_name``.
+    """Whether the compiled library of a device type ("cpu", "cuda") has the internal op ``op_name``.
 
     Only a dictionary lookup, so it may run while torch.compile traces.
     """
@@ -132,8 +132,8 @@ def device_reason(device_index: int = 0) -> str | None:
     if _serves(archs, capability):
         return None
     return (
-        f"{_LIBRARIES['cuda']} holds code for compute capability {archs}, but GPU {device_index} has "
-        f"{capability[0]}.{capability[1]}; {_BUILD_HINT} for it"
+        f"{_LIBRARIES['cuda']} holds code for compute capability {archs}, but GPU {device_index} "
+        f"has {capability[0]}.{capability[1]}; {_BUILD_HINT} for it"
     )
 
 

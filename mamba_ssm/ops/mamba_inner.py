@@ -1,0 +1,412 @@
+"""The fused Mamba block between in_proj and its output (arXiv 2312.00752, figure 3 and section 3.4).
+
+``mamba_inner_fn`` runs convolution, projections, scan, gate and out_proj as one autograd function,
+so that it decides what is kept for the backward: with ``checkpoint_lvl=1`` the convolution's output
+and delta are recomputed (as in section 3.3.2 for the states).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backend
+from ._autograd import differentiable_backward, wants_double_backward
+from .causal_conv1d import causal_conv1d_ref
+from .chunking import chunk_size_for
+from .dtypes import accumulate_dtype
+from .reference.scan_oracle import selective_scan_sequential
+
+
+class _Args(NamedTuple):
+    """The tensor arguments, in the order of ``mamba_inner_fn``."""
+
+    xz: Tensor  # (b, 2d, l)
+    conv_weight: Tensor  # (d, w)
+    conv_bias: Tensor | None
+    x_proj: Tensor  # (r + n k, d)
+    delta_proj: Tensor  # (d, r)
+    out_proj: Tensor  # (e, d)
+    out_bias: Tensor | None
+    A: Tensor  # (d, n)
+    B: Tensor | None
+    C: Tensor | None
+    D: Tensor | None
+    delta_bias: Tensor | None
+    B_bias: Tensor | None
+    C_bias: Tensor | None
+    b_rms: Tensor | None
+    c_rms: Tensor | None
+    dt_rms: Tensor | None
+
+
+class _Options(NamedTuple):
+    """What is not a tensor; the autograd context carries the same names."""
+
+    delta_softplus: bool
+    eps: float
+    autocast_dtype: torch.dtype | None
+
+
+class _Projected(NamedTuple):
+    """What x_proj makes of the convolution's output, before and after the optional norms."""
+
+    raw: tuple[Tensor | None, Tensor | None, Tensor | None]  # delta, B, C as rows before their norm
+    delta: Tensor  # (b, d, l)
+    B: Tensor  # (b, 1, n, l) or (d, n)
+    C: Tensor
+
+
+def _autocast(args: _Args, dtype: torch.dtype | None) -> _Args:
+    """The projections in the autocast dtype; everything else keeps its own."""
+    if dtype is None:
+        return args
+    return args._replace(
+        x_proj=args.x_proj.to(dtype),
+        delta_proj=args.delta_proj.to(dtype),
+        out_proj=args.out_proj.to(dtype),
+        out_bias=None if args.out_bias is None else args.out_bias.to(dtype),
+    )
+
+
+def _rms_rows(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x (b, l, m) normalised over m, if there is a weight."""
+    if weight is None:
+        return x
+    op = backend.resolve("_add_norm_fwd", x.device.type, x.dtype)
+    return op(x.flatten(0, 1), None, weight, None, eps, True, None)[0].view(x.shape)
+
+
+def _rms_rows_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, eps: float):
+    """(dx, dweight) of :func:`_rms_rows`."""
+    if weight is None:
+        return dy, None
+    rows = x.flatten(0, 1)
+    rstd = torch.rsqrt(rows.to(accumulate_dtype(x)).square().mean(dim=1) + eps)
+    op = backend.resolve("_add_norm_bwd", x.device.type, x.dtype)
+    dx, dweight, _ = op(dy.flatten(0, 1), None, rows, weight, None, rstd.new_empty((0,)), rstd, True)
+    return dx.view(x.shape).to(x.dtype), dweight
+
+
+def _project(args: _Args, x_dbl: Tensor, delta_raw: Tensor | None, eps: float) -> _Projected:
+    """delta, B and C out of x_proj's result x_dbl (b, l, r + n k)."""
+    rank, n = args.delta_proj.shape[1], args.A.shape[1]
+    if delta_raw is None:
+        delta_raw = F.linear(x_dbl[..., :rank], args.delta_proj)
+    delta = _rms_rows(delta_raw, args.dt_rms, eps).transpose(1, 2)
+    offset, values, raws = rank, [], []
+    for given, bias, weight in (
+        (args.B, args.B_bias, args.b_rms),
+        (args.C, args.C_bias, args.c_rms),
+    ):
+        if given is not None:
+            values.append(given if given.dim() == 2 else given.to(delta.dtype))
+            raws.append(None)
+            continue
+        raw = x_dbl[..., offset : offset + n]
+        offset += n
+        if bias is not None:
+            raw = raw + bias.to(raw.dtype)
+        raws.append(raw)
+        values.append(_rms_rows(raw, weight, eps).transpose(1, 2).unsqueeze(1))
+    return _Projected((delta_raw, *raws), delta, *values)
+
+
+def _conv(args: _Args) -> Tensor:
+    x = args.xz.chunk(2, dim=1)[0]
+    op = backend.resolve("_causal_conv1d_fwd", x.device.type, x.dtype)
+    return op(x, args.conv_weight, args.conv_bias, None, None, x.shape[0], True)[0]
+
+
+class MambaInnerFn(torch.autograd.Function):
+    """Autograd of the fused block. ``apply`` takes mamba_inner_fn's positional arguments."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        xz,
+        conv1d_weight,
+        conv1d_bias,
+        x_proj_weight,
+        delta_proj_weight,
+        out_proj_weight,
+        out_proj_bias,
+        A,
+        B=None,
+        C=None,
+        D=None,
+        delta_bias=None,
+        B_proj_bias=None,
+        C_proj_bias=None,
+        delta_softplus=True,
+        checkpoint_lvl=1,
+        b_rms_weight=None,
+        c_rms_weight=None,
+        dt_rms_weight=None,
+        b_c_dt_rms_eps=1e-6,
+    ):
+        tensors = (
+            xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
+            out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, b_rms_weight,
+            c_rms_weight, dt_rms_weight,
+        )  # fmt: skip
+        device = xz.device.type
+        ctx.delta_softplus, ctx.eps, ctx.autocast_dtype = delta_softplus, b_c_dt_rms_eps, None
+        if torch.is_autocast_enabled(device):
+            ctx.autocast_dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            if A.is_complex():
+                ctx.save_for_backward(*tensors, *(None,) * 5)
+                return _compose(ctx, *tensors)
+            args = _autocast(_flat_conv(_Args(*tensors)), ctx.autocast_dtype)
+            conv_out = _conv(args)
+            x_dbl = F.linear(conv_out.transpose(1, 2).to(args.x_proj.dtype), args.x_proj)
+            p = _project(args, x_dbl, None, ctx.eps)
+            y, states = _scan(ctx, args, conv_out, p)
+            out = F.linear(y.transpose(1, 2), args.out_proj, args.out_bias)
+        kept = (conv_out, p.raw[0]) if checkpoint_lvl == 0 else (None, None)
+        ctx.save_for_backward(*tensors, y, states, x_dbl, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        *tensors, y, states, x_dbl, conv_out, delta_raw = ctx.saved_tensors
+        with torch.autocast(dout.device.type, enabled=False):
+            if y is None or wants_double_backward():
+                grads = differentiable_backward(lambda *t: _compose(ctx, *t), tensors, (dout,))
+            else:
+                args = _autocast(_flat_conv(_Args(*tensors)), ctx.autocast_dtype)
+                conv_out = _conv(args) if conv_out is None else conv_out
+                p = _project(args, x_dbl, delta_raw, ctx.eps)
+                grads = _backward(ctx, args, dout, y, states, x_dbl, conv_out, p)
+                grads = [
+                    None if t is None else g.to(t.dtype).reshape(t.shape)
+                    for g, t in zip(grads, tensors, strict=True)
+                ]
+        return (*grads[:14], None, None, *grads[14:], None)
+
+
+def _flat_conv(args: _Args) -> _Args:
+    """The convolution's weight as (d, w), also when it came as nn.Conv1d's (d, 1, w)."""
+    return args._replace(conv_weight=args.conv_weight.flatten(1))
+
+
+def _scan_arguments(ctx, args: _Args, conv_out: Tensor, p: _Projected) -> tuple:
+    """What forward and backward of the scan share; u and z in delta's dtype, the projections'."""
+    dtype = p.delta.dtype
+    z = args.xz.chunk(2, dim=1)[1].to(dtype)
+    batch, _, length = conv_out.shape
+    return (
+        conv_out.to(dtype), p.delta, args.A, p.B, p.C, args.D, z, args.delta_bias, ctx.delta_softplus,
+        None, None, batch, chunk_size_for(length),
+    )  # fmt: skip
+
+
+def _scan(ctx, args: _Args, conv_out: Tensor, p: _Projected) -> tuple[Tensor, Tensor]:
+    op = backend.resolve("_selective_scan_fwd", conv_out.device.type, p.delta.dtype)
+    y, _, states = op(*_scan_arguments(ctx, args, conv_out, p))
+    return y, states
+
+
+def _backward(ctx, args: _Args, dout, y, states, x_dbl, conv_out, p: _Projected) -> tuple:
+    """Gradients of every tensor of ``args``, in its order, in whatever dtype they come."""
+    x = args.xz.chunk(2, dim=1)[0]
+    batch, rank = x.shape[0], args.delta_proj.shape[1]
+    dout = dout.to(args.out_proj.dtype)
+    rows_out = dout.flatten(0, 1)
+    d_out_proj = rows_out.t() @ y.transpose(1, 2).flatten(0, 1)
+    dy = (dout @ args.out_proj).transpose(1, 2)
+    op = backend.resolve("_selective_scan_bwd", x.device.type, p.delta.dtype)
+    du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, _ = op(
+        dy, None, *_scan_arguments(ctx, args, conv_out, p), states
+    )
+
+    d_rows, d_dt_rms = _rms_rows_backward(ddelta.transpose(1, 2), p.raw[0], args.dt_rms, ctx.eps)
+    d_delta_proj = d_rows.flatten(0, 1).t() @ x_dbl[..., :rank].flatten(0, 1)
+    parts, biases, norms = [d_rows @ args.delta_proj], [None, None], [None, None]
+    for i, (grad, weight) in enumerate(((dB, args.b_rms), (dC, args.c_rms))):
+        raw = p.raw[1 + i]
+        if raw is None:
+            continue
+        d_raw, norms[i] = _rms_rows_backward(grad.squeeze(1).transpose(1, 2), raw, weight, ctx.eps)
+        biases[i] = d_raw.sum(dim=(0, 1), dtype=accumulate_dtype(d_raw))
+        parts.append(d_raw)
+    dx_dbl = torch.cat(parts, dim=-1)
+    rows_conv = conv_out.transpose(1, 2).flatten(0, 1).to(dx_dbl.dtype)
+    d_x_proj = dx_dbl.flatten(0, 1).t() @ rows_conv
+    d_conv_out = (du + (dx_dbl @ args.x_proj).transpose(1, 2)).to(conv_out.dtype)
+
+    op = backend.resolve("_causal_conv1d_bwd", x.device.type, x.dtype)
+    dx, d_conv_weight, d_conv_bias, _ = op(
+        d_conv_out, None, x, args.conv_weight, args.conv_bias, None, None, batch, True
+    )
+    return (
+        torch.cat([dx, dz.to(dx.dtype)], dim=1), d_conv_weight, d_conv_bias, d_x_proj, d_delta_proj,
+        d_out_proj, rows_out.sum(dim=0, dtype=accumulate_dtype(dout)), dA, dB, dC, dD, ddelta_bias,
+        *biases, *norms, d_dt_rms,
+    )  # fmt: skip
+
+
+def _rms_plain(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return x
+    acc = x.to(accumulate_dtype(x))
+    return (acc * torch.rsqrt(acc.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def _compose(ctx, *tensors: Tensor | None) -> Tensor:
+    """The block in plain differentiable torch, for complex A and for second derivatives."""
+    args = _autocast(_flat_conv(_Args(*tensors)), ctx.autocast_dtype)
+    x, z = args.xz.chunk(2, dim=1)
+    batch, _, length = x.shape
+    conv_out = causal_conv1d_ref(x, args.conv_weight, args.conv_bias, activation="silu")
+    x_dbl = F.linear(conv_out.transpose(1, 2).to(args.x_proj.dtype), args.x_proj)
+    rank = args.delta_proj.shape[1]
+    n = args.A.shape[1] * (2 if args.A.is_complex() else 1)
+    delta = F.linear(x_dbl[..., :rank], args.delta_proj)
+    delta = _rms_plain(delta, args.dt_rms, ctx.eps).transpose(1, 2)
+    offset, values = rank, []
+    for given, bias, weight in (
+        (args.B, args.B_bias, args.b_rms),
+        (args.C, args.C_bias, args.c_rms),
+    ):
+        if given is not None:
+            values.append(given)
+            continue
+        rows = x_dbl[..., offset : offset + n]
+        offset += n
+        rows = rows if bias is None else rows + bias.to(rows.dtype)
+        rows = _rms_plain(rows, weight, ctx.eps)
+        if args.A.is_complex():
+            # (b, l, 2n) holds (re, im) pairs; the scan wants (b, 1, n, 2l).
+            rows = rows.unflatten(-1, (-1, 2)).permute(0, 2, 1, 3).flatten(2)
+            values.append(rows.unsqueeze(1))
+        else:
+            values.append(rows.transpose(1, 2).unsqueeze(1))
+    y, _ = selective_scan_sequential(
+        conv_out.to(delta.dtype), delta, args.A, *values, args.D, z.to(delta.dtype), args.delta_bias,
+        ctx.delta_softplus,
+    )  # fmt: skip
+    return F.linear(y.transpose(1, 2), args.out_proj, args.out_bias)
+
+
+def _check_inner(args: _Args, checkpoint_lvl: int) -> None:
+    """Shapes that do not belong together, named before anything runs."""
+    if args.xz.dim() != 3 or args.xz.shape[1] % 2:
+        raise ValueError(f"xz must have shape (b, 2 d, l), but has {tuple(args.xz.shape)}")
+    d = args.xz.shape[1] // 2
+    if args.A.dim() != 2 or args.A.shape[0] != d:
+        raise ValueError(f"A must have shape (d, n) = ({d}, n), but has {tuple(args.A.shape)}")
+    if args.conv_weight.shape[0] != d or args.conv_weight.numel() != d * args.conv_weight.shape[-1]:
+        raise ValueError(
+            f"conv1d_weight must have shape (d, w) = ({d}, w), but has {tuple(args.conv_weight.shape)}"
+        )
+    if args.delta_proj.dim() != 2 or args.delta_proj.shape[0] != d:
+        raise ValueError(
+            f"delta_proj_weight must have shape (d, r) = ({d}, r), but has {tuple(args.delta_proj.shape)}"
+        )
+    n = args.A.shape[1] * (2 if args.A.is_complex() else 1)
+    rows = args.delta_proj.shape[1] + n * ((args.B is None) + (args.C is None))
+    if tuple(args.x_proj.shape) != (rows, d):
+        raise ValueError(
+            f"x_proj_weight must have shape (r + n k, d) = {(rows, d)}, but has {tuple(args.x_proj.shape)}"
+        )
+    if args.out_proj.dim() != 2 or args.out_proj.shape[1] != d:
+        raise ValueError(
+            f"out_proj_weight must have shape (e, d) = (e, {d}), but has {tuple(args.out_proj.shape)}"
+        )
+    for name in ("D", "delta_bias", "conv_bias", "dt_rms"):
+        value = getattr(args, name)
+        if value is not None and tuple(value.shape) != (d,):
+            raise ValueError(f"{name} must have shape (d,) = ({d},), but has {tuple(value.shape)}")
+    if checkpoint_lvl not in (0, 1):
+        raise ValueError(f"checkpoint_lvl must be 0 or 1, but is {checkpoint_lvl!r}")
+    for name, value in args._asdict().items():
+        if value is not None and value.device != args.xz.device:
+            raise ValueError(f"{name} is on {value.device}, but xz is on {args.xz.device}")
+
+
+def mamba_inner_fn(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
+) -> Tensor:
+    """The Mamba block from xz (what in_proj gives) to its output, as one autograd function.
+
+    Source: arXiv 2312.00752, section 3.4 and figure 3.
+
+    Args:
+        xz: (b, 2 d, l), the rows of x before those of z; any strides.
+        conv1d_weight: (d, w) or nn.Conv1d's (d, 1, w); conv1d_bias: (d,).
+        x_proj_weight: (r + n k, d), rows [delta; B; C], k how many of B and C are variable; complex
+            A doubles n. delta_proj_weight: (d, r). out_proj_weight: (e, d); out_proj_bias: (e,).
+        A: (d, n) fp32 or complex64. B, C: None (input-dependent) or as in selective_scan_fn.
+        D, delta_bias: (d,) fp32. B_proj_bias, C_proj_bias: added to B and C.
+        b_rms_weight, c_rms_weight, dt_rms_weight: (n,), (n,), (d,): RMS norms of B, C and the
+            projected delta, with ``b_c_dt_rms_eps``.
+        checkpoint_lvl: 1 recomputes the convolution's output and delta in the backward, 0 keeps them.
+
+    Returns:
+        (b, l, e), in the projections' dtype; under autocast that is the autocast dtype.
+
+    Raises:
+        ValueError: shapes or devices that do not belong together.
+    """
+    tensors = (
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
+        out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, b_rms_weight, c_rms_weight,
+        dt_rms_weight,
+    )  # fmt: skip
+    _check_inner(_Args(*tensors), checkpoint_lvl)
+    return MambaInnerFn.apply(
+        *tensors[:14], delta_softplus, checkpoint_lvl, *tensors[14:], b_c_dt_rms_eps
+    )
+
+
+def mamba_inner_ref(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """:func:`mamba_inner_fn` in plain differentiable torch, one step after the other: the oracle."""
+    tensors = (
+        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
+        out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, None, None, None,
+    )  # fmt: skip
+    _check_inner(_Args(*tensors), checkpoint_lvl=1)
+    device = xz.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    with torch.autocast(device, enabled=False):
+        return _compose(_Options(delta_softplus, 0.0, autocast), *tensors)
