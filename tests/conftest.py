@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: devices, backends, and fresh memory that is never accidentally zero."""
+"""Fixtures of the whole suite: devices, backends, and fresh memory that is never zero by luck."""
 
 from __future__ import annotations
 

@@ -74,22 +74,21 @@ def evaluate(
 ) -> dict[str, Tensor]:
     """Outputs of ``fn(**inputs)`` and the gradient of every floating input, by name.
 
-    Strides of the inputs are kept (also stride 0). An input that got no gradient is left out.
+    Strides of the inputs are kept (also stride 0). An input that got no gradient has a zero one.
     """
     leaves = {
         name: value.detach().requires_grad_(name not in without_grad) if _is_float(value) else value
         for name, value in inputs.items()
     }
     results = _named_outputs(fn(**leaves))
-    roots = {name: t for name, t in results.items() if t.requires_grad}
+    roots = [(t, seed) for seed, t in enumerate(results.values()) if t.requires_grad]
     if roots:
-        seeds = [
-            cotangent(t.shape, t.dtype, t.device, seed) for seed, t in enumerate(roots.values(), 1)
-        ]
-        torch.autograd.backward(list(roots.values()), seeds)
+        seeds = [cotangent(t.shape, t.dtype, t.device, seed) for t, seed in roots]
+        torch.autograd.backward([t for t, _ in roots], seeds)
     for name, value in leaves.items():
-        if _is_float(value) and value.grad is not None:
-            results[f"grad of {name}"] = value.grad
+        if _is_float(value) and value.requires_grad:
+            missing = value.grad is None
+            results[f"grad of {name}"] = torch.zeros_like(value) if missing else value.grad
     return {name: t.detach() for name, t in results.items()}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def wants_double_backward() -> bool:
-    """Whether the backward pass that runs now must itself be differentiable (``create_graph=True``)."""
+    """Whether the backward pass that runs now must be differentiable (``create_graph=True``)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 

@@ -1,4 +1,4 @@
-"""Argument checks of the public ops. They run on every call, so they only compare, and format late."""
+"""Argument checks of the public ops. They run on every call: compare first, format late."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def check_shape(name: str, x: Tensor | None, shape: tuple[int, ...], axes: str) -> None:
-    """Raises ValueError unless ``x`` is None or has exactly this shape; ``axes`` names its sides."""
+    """Raises ValueError unless ``x`` is None or has exactly this shape; ``axes`` names it."""
     if x is not None and x.shape != shape:
         raise ValueError(
             f"{name} must have shape {tuple(shape)} = {axes}, but has {tuple(x.shape)}"
@@ -63,7 +63,7 @@ def check_indices(name: str, indices: Tensor | None, batch: int, rows: int, owne
 
 
 def check_writable(name: str, x: Tensor) -> None:
-    """Raises ValueError if two elements of ``x``, which is changed in place, share memory by stride 0."""
+    """Raises ValueError if ``x``, which is changed in place, is expanded (stride 0)."""
     if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(
             f"{name} is changed in place, but is an expanded view (strides {tuple(x.stride())}); "

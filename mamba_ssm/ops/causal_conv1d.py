@@ -108,8 +108,8 @@ def causal_conv1d_fn(
     other floating dtypes. Everything is differentiable, the states too.
 
     seq_idx (b,l) int: the number of the sequence each step belongs to; a window never leaves its
-        sequence, and a negative number is padding (output 0, skipped by the windows around it). Numbers
-        count over the whole batch when states go in or out. A ``str`` here is the activation.
+        sequence, and a negative number is padding (output 0, skipped by the windows around it).
+        Numbers count over the whole batch when states go in or out. A ``str`` here is the activation.
     initial_states (S,d,w-1): the inputs before the first; S is b, or the number of sequences.
     return_final_states: return ``(out, final_states)``, the last w-1 inputs (S,d,w-1) in x's dtype.
     final_states_out: a tensor of that shape that is also filled with them, outside autograd.
@@ -162,7 +162,7 @@ def causal_conv1d_ref(
     seq_idx: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`causal_conv1d_fn` in plain differentiable torch, one sequence after the other: the oracle."""
+    """:func:`causal_conv1d_fn` in plain differentiable torch, sequence by sequence: the oracle."""
     seq_idx, num_states = resolve_packing(
         x.shape[0], x.shape[2], x.device, seq_idx, None, num_sequences, initial_states
     )
@@ -242,7 +242,7 @@ def causal_conv1d_update(
 
     Returns x's shape and dtype. Differentiable: where autograd records, the new state carries its
     history, so gradients flow through several steps (detach the state to stop that).
-    Raises ValueError, TypeError, IndexError or NotImplementedError as :func:`causal_conv1d_fn` does.
+    Raises ValueError, TypeError, IndexError, NotImplementedError as :func:`causal_conv1d_fn`.
     """
     silu = is_silu(activation)
     check_dim("x", x, (2, 3), "(batch, channels) or (batch, channels, length)")
@@ -298,7 +298,7 @@ def causal_conv1d_update_ref(
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor:
-    """:func:`causal_conv1d_update` in plain differentiable torch, one row after the other: the oracle."""
+    """:func:`causal_conv1d_update` in plain differentiable torch, row by row: the oracle."""
     silu, size = is_silu(activation), conv_state.shape[2]
     inputs = x.unsqueeze(-1) if x.dim() == 2 else x
     states, outs = conv_state.clone(), []
@@ -322,7 +322,7 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     """The last ``state_len`` inputs of every packed sequence: (num_sequences, d, state_len).
 
     x (total_length, d) holds the sequences one after the other, ``cu_seqlens`` (num_sequences + 1,)
-    int their bounds. Shorter sequences have zeros in front. Differentiable; no device synchronisation.
+    int their bounds. Shorter sequences have zeros in front. Differentiable; a GPU is not waited for.
     """
     check_dim("x", x, (2,), "(total_length, channels)")
     check_dim("cu_seqlens", cu_seqlens, (1,), "(num_sequences + 1,)")

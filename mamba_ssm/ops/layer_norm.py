@@ -1,7 +1,7 @@
 """Residual addition fused with layer norm or RMS norm.
 
-The meaning of every function: x times rowscale, dropout, + x1, + residual, all in fp32; then the norm
-of that sum before it is rounded. The result is in x's dtype. The sum, which ``prenorm`` also
+The meaning of every function: x times rowscale, dropout, + x1, + residual, all in fp32; then the
+norm of that sum before it is rounded. The result is in x's dtype. The sum, which ``prenorm`` also
 returns, is in the residual's dtype if there is one, else fp32 with ``residual_in_fp32``, else in
 x's dtype; where there is nothing to add it is x itself.
 """
@@ -214,7 +214,7 @@ def rms_norm_fn(
 def rms_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-6, is_rms_norm: bool = True
 ) -> Tensor:
-    """The norm alone of rows x (m,d), in x's dtype; differentiable. Raises as layer_norm_fn does."""
+    """The norm alone of rows x (m,d), in x's dtype; raises as layer_norm_fn does."""
     check_dim("x", x, (2,), "(rows, channels)")
     return layer_norm_fn(x, weight, bias, eps=eps, is_rms_norm=is_rms_norm)
 
@@ -266,8 +266,8 @@ def layer_norm_ref(
 ) -> Tensor | tuple[Tensor, ...]:
     """:func:`layer_norm_fn` in plain differentiable torch, adding in the tensors' own dtypes.
 
-    ``upcast`` adds in fp32 and returns the sum in it. ``dropout_mask``, ``dropout_mask1`` (bool, True
-    is kept) take the place of random masks.
+    ``upcast`` adds in fp32 and returns the sum in it. ``dropout_mask``, ``dropout_mask1`` (bool,
+    True is kept) take the place of random masks.
     """
     return _plain_fn(
         x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm,

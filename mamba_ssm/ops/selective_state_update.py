@@ -104,8 +104,8 @@ def selective_state_update(
     x, dt, z (b,d) or (b,h,p); A (d,n) or (h,p,n); B, C (b,n) or (b,g,n) with g dividing d (or h);
     D, dt_bias (d,) or (h,p).
     dt_softplus: dt <- softplus(dt + dt_bias).
-    state_batch_indices (b,) int: the row of state of each row of x; negative: skip, output 0. No two
-        rows of x may use the same row of state.
+    state_batch_indices (b,) int: the row of state of each row of x; negative: skip, output 0. No
+        two rows of x may use the same row of state.
 
     Floating dtypes mix freely and expanded (stride 0) arguments are fine, state excepted; sums are
     fp32 (fp64 with fp64 inputs). Returns x's shape and dtype. Differentiable: where autograd
@@ -145,7 +145,7 @@ def selective_state_update_ref(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """:func:`selective_state_update` in plain differentiable torch, one sequence after the other."""
+    """:func:`selective_state_update` in plain differentiable torch, row by row: the oracle."""
     dtype, old, outs = accumulate_dtype(state, x, dt, A), state.clone(), []
     heads = state.shape[1]
 

@@ -165,8 +165,8 @@ def causal_conv1d_step(
 ) -> tuple[Tensor, Tensor]:
     """(out in the accumulation dtype, new state) of a few new inputs x (b,d,l); differentiable.
 
-    state (b,d,s>=w-1). With ``cache_seqlens`` (b,) it is a ring buffer: input number i of a sequence
-    lies in column i % s; else its last column is the newest input.
+    state (b,d,s>=w-1). With ``cache_seqlens`` (b,) it is a ring buffer: input number i of a
+    sequence lies in column i % s; else its last column is the newest input.
     """
     dtype = accumulate_dtype(x, weight)
     size, length, last = state.shape[2], x.shape[2], weight.shape[1] - 1

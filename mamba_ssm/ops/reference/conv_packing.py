@@ -22,9 +22,10 @@ def _add_rows(size: int, index: Tensor, rows: Tensor) -> Tensor:
 class PackedConv:
     """One packed convolution. Inside, sequences are (b, l, d) with the padding last in every row.
 
-    A run is a maximal stretch of tokens of one id; ``since`` is a token's place in its run, so tap j
-    lies in the run where ``since >= j`` and else in column ``w - 1 + since - j`` of the initial state.
-    An id at or above ``num_states`` has no final state. Of several runs of one id the last one makes it.
+    A run is a maximal stretch of tokens of one id; ``since`` is a token's place in its run, so
+    tap j lies in the run where ``since >= j`` and else in column ``w - 1 + since - j`` of the
+    initial state. An id at or above ``num_states`` has no final state. Every run of an id starts
+    from its initial state; the last one makes the final state.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class PackedConv:
         return out
 
     def _ends(self) -> tuple[Tensor, Tensor]:
-        """For every state the packed position of its last token (0 if none) and its ``since`` (-1)."""
+        """Each state's last token: its packed position (0 if none) and its ``since`` (-1)."""
         known = self.valid & (self.ids < self.num_states)
         key = torch.where(known, self.ids, self.num_states).flatten()
         position = torch.arange(key.shape[0], device=key.device)
@@ -102,7 +103,7 @@ class PackedConv:
         return at, torch.where(end >= 0, self.since.flatten()[at], -1)
 
     def final_states(self) -> Tensor:
-        """(S,d,w-1): the last w-1 tokens of each sequence, its initial state where it is shorter."""
+        """(S,d,w-1): each sequence's last w-1 tokens, its initial state where it is shorter."""
         channels, device = self.x.shape[2], self.x.device
         initial = self.initial
         if initial is None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class StateRows:
-    """Rows ``indices`` (b,) of ``state`` (S, ...): a negative index is skipped, None is every row."""
+    """Rows ``indices`` (b,) of ``state`` (S, ...): negative is skipped, None is every row."""
 
     def __init__(self, state: Tensor, indices: Tensor | None):
         self.state, self.indices, self.old = state, indices, None

@@ -1,4 +1,4 @@
-"""One step of the selective recurrence (arXiv 2312.00752, eq. 2a and section 3.3) in pure PyTorch."""
+"""One step of the selective recurrence (arXiv 2312.00752, eq. 2a) in pure PyTorch."""
 
 from __future__ import annotations
 

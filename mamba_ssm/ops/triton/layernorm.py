@@ -27,7 +27,7 @@ def layer_norm_fn(
     residual_in_fp32: bool = False,
     is_rms_norm: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`mamba_ssm.ops.layer_norm.layer_norm_fn` with the arguments in the order of version 1."""
+    """:func:`mamba_ssm.ops.layer_norm.layer_norm_fn` in the argument order of version 1."""
     return _new.layer_norm_fn(
         x,
         weight,
@@ -49,7 +49,7 @@ def rms_norm_fn(
     residual_in_fp32: bool = False,
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`mamba_ssm.ops.layer_norm.rms_norm_fn` with the arguments in the order of version 1."""
+    """:func:`mamba_ssm.ops.layer_norm.rms_norm_fn` in the argument order of version 1."""
     return _new.rms_norm_fn(
         x,
         weight,
