@@ -25,7 +25,14 @@ from mamba_ssm.modules.mlp import GatedMLP
 from mamba_ssm.modules.sequence_args import resolve_packing
 from mamba_ssm.ops.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from mamba_ssm.utils.generation import GenerationMixin
-from mamba_ssm.utils.hf import load_config_hf, load_into, load_state_dict_hf, save_pretrained_dir
+from mamba_ssm.utils.hf import (
+    CheckpointError,
+    check_target,
+    load_config_hf,
+    load_into,
+    load_state_dict_hf,
+    save_pretrained_dir,
+)
 
 __all__ = [
     "CausalLMOutput",
@@ -414,14 +421,27 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         ``kwargs`` go to the constructor. Raises CheckpointError, a ValueError, saying what does
         not fit and what to do.
         """
-        config = MambaConfig(**load_config_hf(pretrained_model_name))
+        check_target(device, dtype)
+        config_data = load_config_hf(pretrained_model_name)
+        try:
+            config = MambaConfig(**config_data)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{pretrained_model_name}: config.json: {error}") from error
         model = cls(config, device="meta", dtype=dtype, **kwargs)
-        state_dict = load_state_dict_hf(pretrained_model_name, device=device)
+        state_dict = load_state_dict_hf(pretrained_model_name, device=device, dtype=dtype)
         load_into(model, state_dict, device=device, source=str(pretrained_model_name))
         model.tie_weights()
         return model
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write ``config.json`` and safetensors; ``kwargs`` (format="hf", max_shard_size, extras)
-        are those of ``save_pretrained_dir``. Raises CheckpointError."""
-        save_pretrained_dir(self.state_dict(), self.config, save_directory, **kwargs)
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        format: str = "mamba_ssm",
+        max_shard_size: int | str = "5GB",
+        extras: dict[str, Any] | None = None,
+    ) -> None:
+        """Write ``config.json`` and safetensors; the arguments are those of
+        ``save_pretrained_dir``: ``format="hf"`` is for transformers. Raises CheckpointError."""
+        save_pretrained_dir(
+            self.state_dict(), self.config, save_directory, format, max_shard_size, extras
+        )

@@ -47,6 +47,7 @@ __all__ = [
     "CheckpointError",
     "HubUnreachableError",
     "check_state_dict",
+    "check_target",
     "load_config_hf",
     "load_into",
     "load_state_dict_hf",
@@ -115,14 +116,12 @@ def load_state_dict_hf(
         CheckpointError: files are missing, damaged, foreign or contradictory.
         ValueError: ``device`` or ``dtype`` cannot be used.
     """
-    target = _usable_device(device)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}; a floating-point torch.dtype or None is needed.")
+    target = check_target(device, dtype)
     files = open_model(model_name)
     config_path = files.find(CONFIG_NAME)
-    config = {} if config_path is None else to_mamba_ssm_config(
-        read_json(config_path), str(config_path)
-    )
+    config = {}
+    if config_path is not None:
+        config = to_mamba_ssm_config(read_json(config_path), str(config_path))
     path = find_weights(files)
     state: dict[str, Tensor] = {}
     for key, tensor in read_weights(path):
@@ -152,7 +151,16 @@ def _tie(state: dict[str, Tensor], source: str) -> None:
         state[EMBEDDING] = state[LM_HEAD] = state[names[0]]
 
 
-def _usable_device(device: torch.device | str | None) -> torch.device:
+def check_target(
+    device: torch.device | str | None, dtype: torch.dtype | None = None
+) -> torch.device:
+    """The device that weights are to be loaded onto (None: the CPU).
+
+    Raises:
+        ValueError: torch has no such device here, or ``dtype`` is no floating-point dtype.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; a floating-point torch.dtype or None is needed.")
     try:
         target = torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:

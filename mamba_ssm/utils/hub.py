@@ -17,7 +17,7 @@ from mamba_ssm.utils.checkpoint import (
 __all__ = ["EMBEDDED", "HubFiles", "LocalFiles", "ModelFiles", "open_model", "resolve_model"]
 
 EMBEDDED = "embedded"
-_ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_ASSETS = Path(__file__).resolve().parent.parent / "assets" / "embedded"
 # A hub that does not answer a small request within this time counts as unreachable.
 _TIMEOUT_S = 5.0
 
@@ -80,7 +80,7 @@ class HubFiles:
                 if not isinstance(error, errors.LocalEntryNotFoundError):
                     return None
                 self._failure = error
-            except Exception as error:  # noqa: BLE001 (HTTP error classes differ between versions)
+            except Exception as error:  # the HTTP library's classes differ between versions
                 self._failure = error
         return self._find_in_cache(filename)
 
@@ -121,7 +121,7 @@ def open_model(name: str | os.PathLike[str]) -> ModelFiles:
     if text == EMBEDDED:
         if not (_ASSETS / CONFIG_NAME).is_file():
             raise CheckpointError(
-                "this installation has no embedded model (mamba_ssm/assets is empty); give a "
+                "this installation has no embedded model (mamba_ssm/assets/embedded); give a "
                 "local directory or a hub name."
             )
         return LocalFiles(_ASSETS, EMBEDDED)
