@@ -7,7 +7,8 @@ byte beside a 5-gram baseline on the same text, and exports a checkpoint for `fr
     python examples/train_lm.py --preset embedded --amp bf16 --out runs/embedded        # a GPU
     python examples/train_lm.py --preset embedded --amp bf16 --out runs/embedded --resume
 
-The run is reproducible from its seed, and a resumed run continues the interrupted one exactly.
+Install the package first, or set PYTHONPATH to the root of the repository. The run is reproducible
+from its seed, and a resumed run continues the interrupted one exactly.
 """
 
 from __future__ import annotations

@@ -13,15 +13,16 @@ import torch
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Seconds on two CPU cores: shows that everything works, learns words at most.
-    "smoke": dict(
-        d_model=64, n_layer=2, seq_len=128, batch_size=8, steps=120, warmup=10, lr=6e-3,
-        log_every=10, eval_every=60, save_every=60, include_tests=False,
-    ),
+    "smoke": {
+        "d_model": 64, "n_layer": 2, "seq_len": 128, "batch_size": 8, "steps": 200, "warmup": 20,
+        "lr": 6e-3, "log_every": 10, "eval_every": 100, "save_every": 100, "include_tests": False,
+    },
     # The model inside the package; for a GPU.
-    "embedded": dict(
-        d_model=256, n_layer=8, seq_len=1024, batch_size=64, steps=6000, warmup=200, lr=3e-3,
-        log_every=20, eval_every=500, save_every=500, include_tests=True,
-    ),
+    "embedded": {
+        "d_model": 256, "n_layer": 8, "seq_len": 1024, "batch_size": 64, "steps": 6000,
+        "warmup": 200, "lr": 3e-3, "log_every": 20, "eval_every": 500, "save_every": 500,
+        "include_tests": True,
+    },
 }  # fmt: skip
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

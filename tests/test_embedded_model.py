@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import keyword
 import re
 import sys
 import sysconfig
@@ -22,9 +23,7 @@ import heldout
 
 ASSETS = Path(mamba_ssm.__file__).parent / "assets" / "embedded"
 SIZE_LIMIT = 8_000_000
-KEYWORDS = set(
-    "def class return import from if else elif for while in not is None self try".split()
-)
+KEYWORDS = {*keyword.kwlist, "self"}
 
 
 @pytest.fixture(scope="module")

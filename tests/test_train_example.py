@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
+import shlex
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -22,11 +24,11 @@ import train_lm
 import train_options
 import training_files
 
-TINY = (
+TINY = shlex.split(
     "--preset smoke --device cpu --d-model 16 --n-layer 2 --d-state 4 --seq-len 48 --batch-size 8"
     " --steps 60 --warmup 5 --lr 0.02 --log-every 10 --eval-every 30 --save-every 30"
-).split()
-WORDS = "def return import self value if else for in range class None True name data".split()
+)
+WORDS = shlex.split("def return import self value if else for in range class None True name data")
 
 
 def make_text(root: Path, num_files: int = 24) -> Path:
@@ -252,7 +254,7 @@ class TestTraining:
         rates = [train_lm.learning_rate(step, args) for step in range(args.steps)]
         assert rates[0] == pytest.approx(0.004) and max(rates) == rates[4] == pytest.approx(0.02)
         assert rates[-1] == pytest.approx(0.002)
-        assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+        assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
 
     @pytest.mark.parametrize("amp", ["bf16", "fp16"])
     def test_mixed_precision_trains(self, text, tmp_path, amp):
@@ -289,10 +291,11 @@ class TestHeldOut:
 
         return MambaLMHeadModel.from_pretrained(str(out / "model"), dtype=torch.float32)
 
-    @pytest.mark.parametrize("tokens_per_pass", [1, 7, 600, 8192])
+    @pytest.mark.parametrize("tokens_per_pass", [3, 7, 600, 8192])
     def test_streaming_equals_one_full_pass(self, finished, text, tokens_per_pass):
         model = self.model(finished[0])
-        documents = corpus.read_folder(text)[:4] + [corpus.Document("x", b"q")]
+        few = corpus.read_folder(text)[: 2 if tokens_per_pass < 9 else 6]
+        documents = [*few, corpus.Document("x", b"q")]
         nats = 0.0
         for document in documents:
             ids = torch.from_numpy(corpus.token_stream([document])).long()[None]
@@ -357,7 +360,7 @@ class TestExport:
         model = MambaLMHeadModel.from_pretrained(str(finished[0] / "model"), dtype=torch.float32)
         with torch.no_grad():
             model.backbone.norm_f.weight[0] = 1e6
-        with pytest.raises(ValueError, match="norm_f.weight has values"):
+        with pytest.raises(ValueError, match="weight has values that"):
             training_files.export_model(model, tmp_path / "m", torch.float16, 8_000_000)
         assert not (tmp_path / "m").exists()
 
