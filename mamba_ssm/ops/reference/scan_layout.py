@@ -112,10 +112,12 @@ class Packing:
         index = ids.clamp(min=0)
         flat = position + length * torch.arange(b, device=ids.device)[:, None]
         last_flat = torch.full((num_states,), -1, dtype=torch.long, device=ids.device)
-        last_flat = last_flat.scatter_reduce(
-            0, index.flatten(), flat.masked_fill(~valid, -1).flatten(), "amax"
-        )
-        last = valid & (last_flat[index] == flat)
+        last = torch.zeros_like(valid)
+        if num_states > 0:  # without states the numbers only tell where to restart
+            last_flat = last_flat.scatter_reduce(
+                0, index.flatten(), flat.masked_fill(~valid, -1).flatten(), "amax"
+            )
+            last = valid & (last_flat[index] == flat)
         restart = chunked(restart, chunks, chunk_size)
         return cls(
             index=chunked(index, chunks, chunk_size),
