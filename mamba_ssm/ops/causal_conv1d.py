@@ -109,7 +109,7 @@ def causal_conv1d_fn(
 
     seq_idx (b,l) int: the number of the sequence each step belongs to; a window never leaves its
         sequence, and a negative number is padding (output 0, skipped by the windows around it).
-        Numbers count over the whole batch when states go in or out. A ``str`` here is the activation.
+        Numbers count over the whole batch when states go in or out. A ``str`` is the activation.
     initial_states (S,d,w-1): the inputs before the first; S is b, or the number of sequences.
     return_final_states: return ``(out, final_states)``, the last w-1 inputs (S,d,w-1) in x's dtype.
     final_states_out: a tensor of that shape that is also filled with them, outside autograd.
@@ -162,7 +162,7 @@ def causal_conv1d_ref(
     seq_idx: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`causal_conv1d_fn` in plain differentiable torch, sequence by sequence: the oracle."""
+    """:func:`causal_conv1d_fn` in plain differentiable torch, one by one: the oracle."""
     seq_idx, num_states = resolve_packing(
         x.shape[0], x.shape[2], x.device, seq_idx, None, num_sequences, initial_states
     )
@@ -322,7 +322,7 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     """The last ``state_len`` inputs of every packed sequence: (num_sequences, d, state_len).
 
     x (total_length, d) holds the sequences one after the other, ``cu_seqlens`` (num_sequences + 1,)
-    int their bounds. Shorter sequences have zeros in front. Differentiable; a GPU is not waited for.
+    int their bounds. Shorter sequences have zeros in front. Differentiable; no synchronisation.
     """
     check_dim("x", x, (2,), "(total_length, channels)")
     check_dim("cu_seqlens", cu_seqlens, (1,), "(num_sequences + 1,)")

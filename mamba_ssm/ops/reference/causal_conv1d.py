@@ -60,12 +60,10 @@ def causal_conv1d_fwd(
     bias = None if bias is None else bias.to(dtype)
     initial = None if initial_states is None else initial_states.to(dtype)
     if seq_idx is not None:
-        packed = PackedConv(x, weight, bias, initial, seq_idx, num_states)
-        out = packed.pre_activation()
-        if silu:
-            F.silu(out, inplace=True)
-        return packed.unpack(out).to(x.dtype).contiguous(), packed.final_states().to(x.dtype)
-    out = _pre_activation(x.to(dtype), weight, bias, initial)
+        packed = PackedConv(x, weight, initial, seq_idx, num_states)
+        out, final = packed.forward(bias, silu)
+        return out.to(x.dtype).contiguous(), final.to(x.dtype).contiguous()
+    out = _pre_activation(x.contiguous().to(dtype), weight, bias, initial)
     if silu:
         F.silu(out, inplace=True)
     return out.to(x.dtype).contiguous(), _final_states(x, initial_states, weight.shape[1] - 1)
@@ -88,16 +86,12 @@ def causal_conv1d_bwd(
     bias = None if bias is None else bias.to(dtype)
     initial = None if initial_states is None else initial_states.to(dtype)
     dfinal = None if dfinal_states is None else dfinal_states.to(dtype)
-    dout = dout.to(dtype)
+    dout = dout.contiguous().to(dtype)
     if seq_idx is not None:
-        packed = PackedConv(x, weight, bias, initial, seq_idx, num_states)
-        dpre = packed.pack(dout)
-        if silu:
-            dpre = torch.ops.aten.silu_backward(dpre, packed.pre_activation())
-        dx, dweight, dbias, dinitial = packed.gradients(dpre, dfinal)
-        dx = packed.unpack(dx)
+        packed = PackedConv(x, weight, initial, seq_idx, num_states)
+        dx, dweight, dbias, dinitial = packed.backward(dout, dfinal, bias, silu)
     else:
-        x_acc = x.to(dtype)
+        x_acc = x.contiguous().to(dtype)
         dpre = dout
         if silu:
             pre = _pre_activation(x_acc, weight, bias, initial)
