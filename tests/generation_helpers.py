@@ -1,0 +1,48 @@
+"""Tiny language models for the tests of generation, commands and evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mamba_ssm import MambaLMHeadModel
+from mamba_ssm.models.config_mamba import MambaConfig
+
+BYTE_VOCAB = 384
+HYBRID = {
+    "attn_layer_idx": [1],
+    "attn_cfg": {"num_heads": 2, "causal": True, "rotary_emb_dim": 4, "d_conv": 4},
+}
+
+
+def tiny_lm(
+    vocab_size: int = 50,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **config: Any,
+) -> MambaLMHeadModel:
+    """Two layers with random weights, loud enough that its text depends on everything it read."""
+    torch.manual_seed(seed)
+    shape = MambaConfig(
+        d_model=16, n_layer=2, vocab_size=vocab_size, tie_embeddings=False, **config
+    )
+    model = MambaLMHeadModel(shape, device=device, dtype=dtype).eval()
+    with torch.no_grad():
+        model.backbone.embedding.weight.mul_(20)
+        model.lm_head.weight.mul_(8)
+        for name, parameter in model.named_parameters():
+            for layer, factor in (("out_proj", 10), ("x_proj", 3), ("in_proj", 2)):
+                if name.endswith(f"{layer}.weight"):
+                    parameter.mul_(factor)
+    return model
+
+
+def byte_model_dir(path: Path, **config: Any) -> Path:
+    """A directory with a byte-level model of random weights and its tokenizer's name."""
+    tiny_lm(BYTE_VOCAB, **config).save_pretrained(path)
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    return path
