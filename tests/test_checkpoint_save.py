@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -67,6 +68,46 @@ def test_our_model_comes_back(tmp_path, format, shard):
     assert_same_state(again.state_dict(), model.state_dict())
     with torch.no_grad():
         assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
+
+
+def test_a_hybrid_model_comes_back(tmp_path):
+    from mamba_ssm.models.config_mamba import MambaConfig
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+    config = MambaConfig(
+        d_model=32,
+        n_layer=3,
+        vocab_size=37,
+        d_intermediate=48,
+        attn_layer_idx=[1],
+        attn_cfg={"num_heads": 4, "rotary_emb_dim": 8, "d_conv": 3},
+        rms_norm=False,
+        tie_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = MambaLMHeadModel(config).eval()
+    model.save_pretrained(tmp_path)
+    again = our_model(tmp_path)
+    assert again.config == config
+    assert_same_state(again.state_dict(), model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(token_ids() % 37).logits, model(token_ids() % 37).logits)
+    with pytest.raises(CheckpointError, match="an MLP in each block"):
+        model.save_pretrained(tmp_path, format="hf")
+    assert_same_state(hf.load_state_dict_hf(tmp_path), model.state_dict())
+
+
+def test_progress_is_shown_on_a_terminal_only(tmp_path, monkeypatch, capsys):
+    _, state, config, _ = model_parts()
+    for shard, terminal, shown in (
+        (20_000, True, True),
+        (20_000, False, False),
+        (10**9, True, False),
+    ):
+        save_pretrained_dir(state, config, tmp_path, max_shard_size=shard)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        hf.load_state_dict_hf(tmp_path)
+        assert ("Loading weights: 100%" in capsys.readouterr().err) == shown
 
 
 def test_tied_weights_are_written_once_and_untied_ones_twice(tmp_path):

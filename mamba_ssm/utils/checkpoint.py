@@ -121,10 +121,13 @@ def read_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     ) as bar:
         for file, promised in zip(files, shards.values(), strict=True):
             found = []
+            rest = file.stat().st_size
             for key, tensor in _read_file(file):
                 found.append(key)
                 yield key, tensor
                 bar.update(tensor.nbytes)
+                rest -= tensor.nbytes
+            bar.update(rest)  # headers, or less than nothing where tensors share storage
             if promised is not None and set(found) != set(promised):
                 lines = _key_lines(sorted(set(promised) - set(found)), "missing", "key")
                 lines += _key_lines(sorted(set(found) - set(promised)), "unexpected", "key")
