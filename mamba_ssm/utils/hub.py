@@ -121,8 +121,8 @@ def open_model(name: str | os.PathLike[str]) -> ModelFiles:
     if text == EMBEDDED:
         if not (_ASSETS / CONFIG_NAME).is_file():
             raise CheckpointError(
-                "this installation has no embedded model (mamba_ssm/assets/embedded); give a "
-                "local directory or a hub name."
+                "this installation has no embedded model (mamba_ssm/assets/embedded has no "
+                "config.json); give a local directory or a hub name."
             )
         return LocalFiles(_ASSETS, EMBEDDED)
     path = Path(text).expanduser()
