@@ -26,7 +26,7 @@ import training_files
 
 TINY = shlex.split(
     "--preset smoke --device cpu --d-model 16 --n-layer 2 --d-state 4 --seq-len 48 --batch-size 8"
-    " --steps 60 --warmup 5 --lr 0.02 --log-every 10 --eval-every 30 --save-every 30"
+    " --steps 40 --warmup 5 --lr 0.02 --log-every 10 --eval-every 20 --save-every 20"
 )
 WORDS = shlex.split("def return import self value if else for in range class None True name data")
 
@@ -215,7 +215,7 @@ class TestTraining:
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses = [row["train_bits_per_byte"] for row in rows if "train_bits_per_byte" in row]
         held_out = [row["heldout_bits_per_byte"] for row in rows if "heldout_bits_per_byte" in row]
-        assert [row["step"] for row in rows if "heldout_bits_per_byte" in row] == [30, 60]
+        assert [row["step"] for row in rows if "heldout_bits_per_byte" in row] == [20, 40]
         assert losses[0] > 5 and losses[-1] < 0.75 * losses[0]
         assert held_out[-1] < held_out[0]
         assert metrics["heldout_bits_per_byte"]["fp32"] == pytest.approx(held_out[-1], abs=0.01)
@@ -231,7 +231,7 @@ class TestTraining:
         train_lm.main([*options, "--resume"])
 
         a, b = (training_files.load_checkpoint(d / "checkpoint.pt") for d in (whole, out))
-        assert a["step"] == b["step"] == 60
+        assert a["step"] == b["step"] == 40
         for name, tensor in a["model"].items():
             assert torch.equal(tensor, b["model"][name]), name
         for key, moments in a["optimizer"]["state"].items():
