@@ -17,31 +17,39 @@ def _norms(values: Tensor) -> tuple[float, float]:
     return values.max().item(), values.square().mean().sqrt().item()
 
 
+def _errors(result: Tensor, oracle: Tensor) -> tuple[float, float]:
+    wide = torch.complex128 if result.dtype.is_complex else torch.float64
+    return _norms(result.detach().to("cpu", wide) - oracle.detach().to("cpu", wide))
+
+
 def assert_close_to_oracle(
-    actual: Tensor, reference: Tensor, oracle: Tensor, name: str = "result"
+    actual: Tensor,
+    reference: Tensor,
+    oracle: Tensor,
+    name: str = "result",
+    reference_errors: tuple[float, float] | None = None,
 ) -> None:
     """The one tolerance rule: error <= 2 x (the reference's error + one rounding of the dtype).
 
     ``oracle`` is the fp64 (or complex128) result from the same inputs, ``reference`` that of the
     plain implementation in the dtypes under test. Errors are compared in the largest value and in
     the root mean square, so neither one bad element nor a broad loss of accuracy passes.
+    ``reference_errors`` replaces those of ``reference`` where they were found otherwise.
     """
     assert actual.shape == oracle.shape, f"{name}: shape {actual.shape}, expected {oracle.shape}"
     dtype = reference.dtype
     assert actual.dtype == dtype, f"{name}: dtype {actual.dtype}, expected {dtype}"
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    actual, reference, oracle = (t.detach().to("cpu", wide) for t in (actual, reference, oracle))
     assert oracle.isfinite().all(), f"{name}: the oracle is not finite; choose other inputs"
     assert actual.isfinite().all(), f"{name}: not finite"
     rounding = torch.finfo(dtype).eps
-    norms = zip(
+    checks = zip(
         ("largest", "rms"),
-        _norms(actual - oracle),
-        _norms(reference - oracle),
-        _norms(oracle),
+        _errors(actual, oracle),
+        reference_errors or _errors(reference, oracle),
+        _norms(oracle.detach().cpu()),
         strict=True,
     )
-    for kind, error, reference_error, size in norms:
+    for kind, error, reference_error, size in checks:
         bound = 2 * (reference_error + rounding * size)
         assert error <= bound, f"{name}: {kind} error {error:.3e} > {bound:.3e} ({kind} {size:.3e})"
 
@@ -92,6 +100,21 @@ def evaluate(
     return {name: t.detach() for name, t in results.items()}
 
 
+def _nudged(inputs: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Neighbours of the inputs, a few roundings away: another draw of all rounding errors."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = dict(inputs)
+    for name, value in inputs.items():
+        if _is_float(value):
+            steps = torch.randint(-4, 5, value.shape, generator=generator).to(value.device)
+            moved[name] = value * (1 + torch.finfo(value.dtype).eps * steps).to(value.dtype)
+    return moved
+
+
+def _doubled(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: to_double(value) for name, value in inputs.items()}
+
+
 def assert_matches(
     fn: Callable,
     reference: Callable,
@@ -101,10 +124,28 @@ def assert_matches(
     """``fn`` and the plain differentiable ``reference`` agree in outputs and in all gradients.
 
     Both take ``inputs`` by name; the oracle is ``reference`` with every floating input in fp64.
+    The reference's error in one run is a matter of luck where few numbers are compared (a sum may
+    happen to be exact), so where it decides, it is the largest of that in four neighbouring runs,
+    each against its own oracle.
     """
     actual = evaluate(fn, inputs, without_grad)
     plain = evaluate(reference, inputs, without_grad)
-    exact = evaluate(reference, {k: to_double(v) for k, v in inputs.items()}, without_grad)
+    exact = evaluate(reference, _doubled(inputs), without_grad)
     assert actual.keys() == plain.keys(), f"{sorted(actual)} differ from {sorted(plain)}"
+    neighbours = None
     for name in actual:
-        assert_close_to_oracle(actual[name], plain[name], exact[name], name)
+        try:
+            assert_close_to_oracle(actual[name], plain[name], exact[name], name)
+        except AssertionError:
+            if neighbours is None:
+                runs = [inputs, *(_nudged(inputs, seed) for seed in (1, 2, 3))]
+                neighbours = [
+                    (
+                        evaluate(reference, run, without_grad),
+                        evaluate(reference, _doubled(run), without_grad),
+                    )
+                    for run in runs
+                ]
+            errors = [_errors(run[name], oracle[name]) for run, oracle in neighbours]
+            largest = tuple(max(kind) for kind in zip(*errors, strict=True))
+            assert_close_to_oracle(actual[name], plain[name], exact[name], name, largest)

@@ -67,7 +67,9 @@ def backend(name: str) -> Iterator[None]:
 def why_not_native(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """None if the compiled kernel serves this op, device and dtype, else the reason."""
     if not native.has_kernel(op, device_type):
-        loaded, reason = native.status().get(device_type, (False, f"no kernels exist for {device_type!r}"))
+        loaded, reason = native.status().get(
+            device_type, (False, f"no kernels exist for {device_type!r}")
+        )
         return f"the {device_type} library has no kernel for {op} yet" if loaded else reason
     if dtype not in _FLOATS:
         return f"the {device_type} kernels take fp32, fp16 and bf16, not {dtype}"

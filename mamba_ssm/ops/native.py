@@ -69,7 +69,8 @@ def _load_library(device_type: str) -> tuple[bool, str]:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        detail = str(error).strip().splitlines()[0]
+        # torch wraps the dynamic linker's own message, the useful one, in another error.
+        detail = str(error.__cause__ or error).strip().splitlines()[0]
         return False, (
             f"{path.name} does not fit this machine ({platform.machine()}) or torch "
             f"{torch.__version__}: {detail}; {_BUILD_HINT} again"
@@ -99,7 +100,7 @@ def status() -> dict[str, tuple[bool, str]]:
 
 
 def has_kernel(op_name: str, device_type: str) -> bool:
-    """Whether the compiled library of a device type ("cpu", "cuda") has the internal op ``op_name``.
+    """Whether the compiled library of a device type ("cpu", "cuda") has internal op ``op_name``.
 
     Only a dictionary lookup, so it may run while torch.compile traces.
     """

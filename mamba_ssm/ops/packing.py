@@ -42,7 +42,9 @@ def seq_idx_from_cu_seqlens(cu_seqlens: Tensor, total_length: int) -> Tensor:
 def seq_idx_from_mask(attention_mask: Tensor) -> Tensor:
     """(b, l) int32: row i is sequence i where the mask is true (non-zero), else padding."""
     if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask must be (batch, length), but is {tuple(attention_mask.shape)}")
+        raise ValueError(
+            f"attention_mask must be (batch, length), but is {tuple(attention_mask.shape)}"
+        )
     rows = torch.arange(attention_mask.shape[0], device=attention_mask.device, dtype=torch.int32)
     return torch.where(attention_mask.bool(), rows[:, None], -1).to(torch.int32)
 
@@ -75,7 +77,9 @@ def resolve_packing(
         seq_idx = seq_idx_from_cu_seqlens(cu_seqlens.to(device), length)
         known = cu_seqlens.shape[0] - 1
         if num_sequences is not None and num_sequences != known:
-            raise ValueError(f"num_sequences is {num_sequences}, but cu_seqlens bounds {known} sequences")
+            raise ValueError(
+                f"num_sequences is {num_sequences}, but cu_seqlens bounds {known} sequences"
+            )
         return seq_idx, known
     if tuple(seq_idx.shape) != (batch, length):
         raise ValueError(f"seq_idx must be {(batch, length)}, but is {tuple(seq_idx.shape)}")

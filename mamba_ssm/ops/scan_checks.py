@@ -30,7 +30,9 @@ def _check_projection(name: str, x: Tensor, A: Tensor, u: Tensor) -> None:
         if (x.shape[0], x.shape[2], x.shape[3]) != (b, n, last):
             raise _shape_error(name, x, f"(b, g, n, l) = {(b, 'g', n, last)}")
         if x.shape[1] < 1 or d % x.shape[1]:
-            raise ValueError(f"{name} has {x.shape[1]} groups, which do not divide the {d} channels of u")
+            raise ValueError(
+                f"{name} has {x.shape[1]} groups, which do not divide the {d} channels of u"
+            )
     else:
         raise _shape_error(name, x, "(d, n), (b, n, l) or (b, g, n, l)")
     if x.dtype != u.dtype:
@@ -61,7 +63,9 @@ def check_scan_arguments(
         if x.shape != u.shape:
             raise _shape_error(name, x, f"u's {tuple(u.shape)}")
         if x.dtype != u.dtype:
-            raise TypeError(f"{name} is {x.dtype}, but u is {u.dtype}; cast it with {name}.to(u.dtype)")
+            raise TypeError(
+                f"{name} is {x.dtype}, but u is {u.dtype}; cast it with {name}.to(u.dtype)"
+            )
     if A.dim() != 2 or A.shape[0] != d:
         raise _shape_error("A", A, f"(d, n) = ({d}, n)")
     if not 1 <= A.shape[1] <= MAX_STATE_SIZE:
@@ -80,10 +84,14 @@ def check_scan_arguments(
     tensors = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     for name, x in tensors.items():
         if x is not None and x.device != u.device:
-            raise ValueError(f"{name} is on {x.device}, but u is on {u.device}; move them to one device")
+            raise ValueError(
+                f"{name} is on {x.device}, but u is on {u.device}; move them to one device"
+            )
 
 
-def check_initial_state(initial_state: Tensor | None, num_states: int, A: Tensor, u: Tensor) -> None:
+def check_initial_state(
+    initial_state: Tensor | None, num_states: int, A: Tensor, u: Tensor
+) -> None:
     """Raises ValueError or TypeError unless ``initial_state`` is (num_states, d, n), floating (or complex)."""
     if initial_state is None:
         return

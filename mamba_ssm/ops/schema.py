@@ -54,7 +54,19 @@ def _optional_like(x: Tensor | None, like: Tensor, dtype: torch.dtype | None = N
 
 
 def _scan_fwd_fake(
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, num_states, chunk_size
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    delta_softplus,
+    initial_state,
+    seq_idx,
+    num_states,
+    chunk_size,
 ):
     b, d, length = u.shape
     acc = accumulate_dtype(u, delta, A, initial_state)

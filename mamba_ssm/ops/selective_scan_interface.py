@@ -129,7 +129,18 @@ class SelectiveScanFn(torch.autograd.Function):
 
 def _sequential(ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx):
     return selective_scan_sequential(
-        u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, initial_state, seq_idx, ctx.num_states
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        ctx.delta_softplus,
+        initial_state,
+        seq_idx,
+        ctx.num_states,
     )
 
 

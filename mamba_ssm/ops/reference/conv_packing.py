@@ -91,16 +91,19 @@ class PackedConv:
         rows = x.transpose(1, 2).reshape(self.steps, self.channels)
         return rows.masked_fill(self.padding[:, None], 0.0)
 
-    def _tap(self, j: int) -> Tensor:
-        return self.table.index_select(0, self.taps[j])
+    def _tap(self, j: int, buffer: Tensor) -> Tensor:
+        """The input j steps before each step, written over ``buffer`` (fresh memory is slower)."""
+        return torch.index_select(self.table, 0, self.taps[j], out=buffer)
 
     def pre_activation(self, bias: Tensor | None) -> Tensor:
         """bias + the convolution, as rows (b*l,d), arbitrary at padding."""
-        out = self._tap(0) * self.weight[:, self.last]
+        out = self.table.new_empty((self.steps, self.channels))
+        self._tap(0, out).mul_(self.weight[:, self.last])
         if bias is not None:
             out += bias
+        buffer = torch.empty_like(out)
         for j in range(1, self.last + 1):
-            out.addcmul_(self._tap(j), self.weight[:, self.last - j])
+            out.addcmul_(self._tap(j, buffer), self.weight[:, self.last - j])
         return out
 
     def forward(self, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
@@ -125,9 +128,10 @@ class PackedConv:
             dpre = torch.ops.aten.silu_backward(dpre, pre)
         dtable = torch.zeros_like(self.table)
         dweight = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+        buffer = torch.empty_like(dpre)
         for j, rows in enumerate(self.taps):
-            dweight[:, self.last - j] = (dpre * self._tap(j)).sum(dim=0)
-            _add_rows(dtable, rows, dpre * self.weight[:, self.last - j])
+            dweight[:, self.last - j] = self._tap(j, buffer).mul_(dpre).sum(dim=0)
+            _add_rows(dtable, rows, torch.mul(dpre, self.weight[:, self.last - j], out=buffer))
         if dfinal is not None:
             _add_rows(dtable, self.final, dfinal.transpose(1, 2).reshape(-1, self.channels))
         dx = dtable[: self.steps].view(self.batch, self.length, self.channels)

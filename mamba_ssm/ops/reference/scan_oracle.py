@@ -91,14 +91,20 @@ def selective_scan_sequential(
     inputs = (dt * u_)[:, :, None, :] * B_
 
     if seq_idx is None:
-        first = A.new_zeros((b, *A.shape)) if initial_state is None else initial_state.to(state_dtype)
+        first = (
+            A.new_zeros((b, *A.shape)) if initial_state is None else initial_state.to(state_dtype)
+        )
         history, final = _scan_row(decay, inputs, first)
         states = torch.stack(history, dim=-1) if history else decay
     else:
         zero = torch.zeros_like(A)
-        carried = [zero] * num_states if initial_state is None else list(initial_state.to(state_dtype))
+        carried = (
+            [zero] * num_states if initial_state is None else list(initial_state.to(state_dtype))
+        )
         ids, starts = _run_flags(seq_idx)
-        rows = [_scan_row(decay[i], inputs[i], zero, ids[i], starts[i], carried)[0] for i in range(b)]
+        rows = [
+            _scan_row(decay[i], inputs[i], zero, ids[i], starts[i], carried)[0] for i in range(b)
+        ]
         states = torch.stack([torch.stack(row, dim=-1) for row in rows]) if b and length else decay
         final = torch.stack(carried) if carried else A.new_zeros((0, *A.shape))
     y = (states * C_).sum(dim=2)

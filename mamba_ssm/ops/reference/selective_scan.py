@@ -23,9 +23,9 @@ from torch import Tensor
 from ..dtypes import accumulate_dtype
 from .scan_layout import (
     ScanInputs,
+    chunked,
     over_state,
     per_group,
-    chunked,
     public_state,
     state_rows,
     unchunked,
@@ -272,14 +272,13 @@ def selective_scan_bwd(
     ddelta = x.without_padding(unchunked(back.d_delta.flatten(3), x.length) + d_delta_u * x.u)
     if delta_softplus:
         ddelta = torch.where(x.raw_delta > 20.0, ddelta, ddelta * torch.sigmoid(x.raw_delta))
-    absent = u.new_empty((0,))
-    dz = absent
+    dz = u.new_empty((0,))
     if z is not None:
         gate = z.to(dtype)
         s = torch.sigmoid(gate)
         dz = dout * _with_skip(x, back.y, D) * s * (1 + gate * (1 - s))
         dz = x.without_padding(dz).to(z.dtype).contiguous()
-    dinitial = absent
+    dinitial = u.new_empty((0,))
     if initial_state is not None:
         dinitial = public_state(carry if x.packing is None else back.dinitial).contiguous()
     return (
@@ -288,8 +287,8 @@ def selective_scan_bwd(
         public_state(back.dA.sum(dim=(0, 1))).contiguous(),
         x.B.gradient(x.length, B),
         x.C.gradient(x.length, C),
-        absent if D is None else (dy * x.u).sum(dim=(0, 2)),
+        u.new_empty((0,)) if D is None else (dy * x.u).sum(dim=(0, 2)),
         dz,
-        absent if delta_bias is None else ddelta.sum(dim=(0, 2)),
+        u.new_empty((0,)) if delta_bias is None else ddelta.sum(dim=(0, 2)),
         dinitial,
     )
