@@ -42,7 +42,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-
 
 
 class BuildUnavailable(RuntimeError):
-    """Something that the build needs is not on this machine; the message says what and the remedy."""
+    """The build needs something that is not here; the message says what, and the remedy."""
 
 
 class BuildFailed(RuntimeError):

@@ -93,7 +93,7 @@ def collect() -> dict[str, Any]:
 
 
 def _op_lines(rows: list[dict[str, str]]) -> list[str]:
-    """One line per op and device; dtypes that the same backend serves for the same reason share it."""
+    """A line per op and device; dtypes with the same backend and reason share one."""
     groups: dict[tuple[str, str, str, str], list[str]] = {}
     for row in rows:
         key = (row["op"], row["device"], row["backend"], row["reason"])
