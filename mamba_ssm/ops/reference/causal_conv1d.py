@@ -98,12 +98,11 @@ def causal_conv1d_bwd(
             dpre = torch.ops.aten.silu_backward(dout, pre)
         dx, dweight, dinitial = _gradients(dpre, dfinal, x_acc, weight, initial)
         dbias = dpre.sum(dim=(0, 2))
-    absent = x.new_empty((0,))
     return (
         dx.to(x.dtype).contiguous(),
         dweight.contiguous(),
-        absent if bias is None else dbias.contiguous(),
-        absent if initial_states is None else dinitial.to(x.dtype).contiguous(),
+        x.new_empty((0,)) if bias is None else dbias.contiguous(),
+        x.new_empty((0,)) if initial_states is None else dinitial.to(x.dtype).contiguous(),
     )
 
 

@@ -41,6 +41,9 @@ class StateRows:
         rows = self.rows[source]
         keep = self._over_state(self.valid[source], new)
         values = torch.where(keep, new[source].to(self.state.dtype), self.state[rows])
+        if values.requires_grad:  # of the writes of one value, one carries the gradient
+            carries = self._over_state(source == batch, values)
+            values = torch.where(carries, values, values.detach())
         self.state.index_put_((rows,), values)
 
     def zero_skipped(self, out: Tensor) -> Tensor:
