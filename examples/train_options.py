@@ -19,7 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The model inside the package; for a GPU.
     "embedded": {
-        "d_model": 256, "n_layer": 8, "seq_len": 1024, "batch_size": 64, "steps": 6000,
+        "d_model": 256, "n_layer": 8, "seq_len": 1024, "batch_size": 32, "steps": 4400,
         "warmup": 200, "lr": 3e-3, "log_every": 20, "eval_every": 500, "save_every": 500,
         "include_tests": True,
     },

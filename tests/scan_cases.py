@@ -143,7 +143,8 @@ def make_inputs(case: ScanCase, device: str = "cpu") -> dict:
         "C": projection(case.groups_C),
         "D": normal(d).to(real) if case.D else None,
         "z": _laid_out(normal(b, d, length).to(case.dtype), case.layout) if case.z else None,
-        "delta_bias": uniform(d).to(real) - 0.5 if case.delta_bias else None,
+        # Without softplus a negative delta would make states grow, and with them every error.
+        "delta_bias": uniform(d).to(real) - 0.5 * case.softplus if case.delta_bias else None,
         "delta_softplus": case.softplus,
     }
     states = b

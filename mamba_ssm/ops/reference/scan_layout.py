@@ -15,7 +15,7 @@ from torch import Tensor
 
 # States of one time step of a group of chunks: within a CPU core's cache, and enough for a GPU.
 _GROUP_ELEMENTS = {"cpu": 2**18}
-_GROUP_ELEMENTS_GPU = 2**22
+_GROUP_ELEMENTS_GPU = 2**23
 
 
 def chunked(x: Tensor, chunks: int, chunk_size: int) -> Tensor:
