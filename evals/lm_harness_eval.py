@@ -26,6 +26,7 @@ except ImportError as error:
     sys.exit(f"lm_harness_eval.py: error: {error}: pip install 'mamba_ssm[eval]' brings lm-eval")
 
 from mamba_ssm import MambaLMHeadModel
+from mamba_ssm.commands.loading import DTYPES
 from mamba_ssm.utils.hf import CheckpointError, load_config_hf, load_tokenizer
 
 
@@ -86,10 +87,9 @@ class MambaEvalWrapper(HFLM):
         if dtype == "auto":
             dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         elif isinstance(dtype, str):
-            known = getattr(torch, dtype, None)
-            if not isinstance(known, torch.dtype):
-                raise ValueError(f"dtype must be auto, float32, float16 or bfloat16, got {dtype!r}")
-            dtype = known
+            if dtype not in DTYPES:
+                raise CheckpointError(f"dtype must be auto or one of {DTYPES}, got {dtype!r}")
+            dtype = getattr(torch, dtype)
         self._model = MambaLMHeadModel.from_pretrained(pretrained, device=self.device, dtype=dtype)
 
     def _model_call(self, inps: Tensor, attn_mask: None = None, labels: None = None) -> Tensor:
