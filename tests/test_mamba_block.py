@@ -221,6 +221,11 @@ def test_bad_calls(call, message):
         call(make())
 
 
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match="floating-point"):
+        make()(torch.ones(1, 2, 6, dtype=torch.int64))
+
+
 def test_a_cache_needs_a_layer_index_and_enough_rows():
     with pytest.raises(ValueError, match="layer_idx"):
         make(layer_idx=None)(inputs(1, 3, 6), params())
@@ -360,6 +365,46 @@ def test_parametrizations_hooks_and_replaced_forwards_are_respected(name):
     if name != "dt_proj" and name != "conv1d":  # these have a bias, which doubles as well
         assert_same(wrapped(x).detach(), expected)
     assert not torch.allclose(wrapped(x), layer(x))
+
+
+def test_a_bias_or_a_tensor_subclass_in_a_projection_is_not_lost():
+    layer, x = make(), inputs(2, 5, 6)
+    biased = copy.deepcopy(layer)
+    biased.x_proj = nn.Linear(layer.d_inner, layer.x_proj.out_features, dtype=x.dtype)
+    with torch.no_grad():
+        biased.x_proj.weight.copy_(layer.x_proj.weight)
+    slow = copy.deepcopy(biased)
+    slow.use_fast_path = False
+    assert_all_same(run_with_grads(biased, biased, x), run_with_grads(slow, slow, x))
+    assert_same(_stepped(biased, x), biased(x).detach())
+    assert not torch.allclose(biased(x), layer(x))
+
+    class Twice(torch.Tensor):
+        """A weight that means something else than its numbers, as quantised ones do."""
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            plain = [2 * a.as_subclass(torch.Tensor) if isinstance(a, cls) else a for a in args]
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*plain, **(kwargs or {}))
+
+    quantised = copy.deepcopy(layer)
+    weight = quantised.out_proj.weight.detach()
+    del quantised.out_proj.weight
+    quantised.out_proj.weight = weight.as_subclass(Twice)
+    assert_same(quantised(x).detach(), 2 * layer(x).detach())
+
+
+def test_decoding_under_autocast():
+    layer, x = make(16, dtype=torch.float32), inputs(2, 9, 16, dtype=torch.float32)
+    expected = layer(x).detach()
+    for cache_dtype in (torch.float32, torch.bfloat16):
+        cache = layer.allocate_inference_cache(2, 9, dtype=cache_dtype)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            outs = [layer.step(chunk, *cache)[0] for chunk in x.split((1, 1, 4, 1, 1, 1), 1)]
+        out = torch.cat(outs, 1)
+        assert out.dtype == torch.bfloat16 and cache[0].dtype == cache_dtype
+        assert (out.float() - expected).abs().max() <= 0.04 * expected.abs().max()
 
 
 def test_packing_on_a_replaced_convolution_is_refused():

@@ -20,7 +20,7 @@ def shifted_targets(
     The last position has nothing to predict. With ``seq_idx`` (b, l; < 0 is padding) neither has
     the last token of a sequence, nor padding.
     """
-    targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+    targets = F.pad(labels[:, 1:].long(), (0, 1), value=ignore_index)
     if seq_idx is not None:
         following = F.pad(seq_idx[:, 1:], (0, 1), value=-1)
         targets = targets.masked_fill((seq_idx != following) | (seq_idx < 0), ignore_index)

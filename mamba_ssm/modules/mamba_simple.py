@@ -136,8 +136,6 @@ class Mamba(nn.Module):
         self._reset_state_space()
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
 
-    # -- parameters ------------------------------------------------------------------------------
-
     def _reset_state_space(self) -> None:
         with torch.no_grad():
             # S4D-real: every channel's state starts with the decays −1, −2, …, −n.
@@ -183,8 +181,6 @@ class Mamba(nn.Module):
             f"d_model={self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, "
             f"expand={self.expand}, dt_rank={self.dt_rank}, layer_idx={self.layer_idx}"
         )
-
-    # -- forward ---------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -320,8 +316,6 @@ class Mamba(nn.Module):
             return F.linear(dt, self.dt_proj.weight), B, C, _at_least_fp32(self.dt_proj.bias)
         return self.dt_proj(dt).to(x.dtype), B, C, None
 
-    # -- inference -------------------------------------------------------------------------------
-
     def _forward_cached(
         self,
         hidden_states: torch.Tensor,
@@ -380,7 +374,7 @@ class Mamba(nn.Module):
             or ssm_state.requires_grad
             or any(parameter.requires_grad for parameter in self.parameters())
         )
-        if not recording and length == 1 and self._single_step_applies(hidden_states, conv_state):
+        if not recording and length == 1 and self._single_step_applies():
             return self._step_one(hidden_states, conv_state, ssm_state), conv_state, ssm_state
 
         old_conv, old_ssm = conv_state, ssm_state
@@ -401,22 +395,25 @@ class Mamba(nn.Module):
                     buffer.copy_(new)
         return (out, new_conv, new_ssm) if recording else (out, conv_state, ssm_state)
 
-    def _single_step_applies(self, hidden_states: torch.Tensor, conv_state: torch.Tensor) -> bool:
+    def _single_step_applies(self) -> bool:
         return (
             causal_conv1d_update is not None
             and selective_state_update is not None
             and is_plain(self.conv1d, nn.Conv1d)
-            and conv_state.dtype == hidden_states.dtype
         )
 
     def _step_one(
         self, hidden_states: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
     ) -> torch.Tensor:
         """One token without gradients: two fused updates, both in place."""
-        x, z = self.in_proj(hidden_states.squeeze(1)).to(conv_state.dtype).chunk(2, dim=-1)
+        x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
         x = causal_conv1d_update(
-            x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation
-        )
+            x.to(conv_state.dtype),
+            conv_state,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.activation,
+        ).to(z.dtype)
         dt, B, C, dt_bias = self._select(x)
         y = selective_state_update(
             ssm_state,
@@ -471,14 +468,14 @@ class Mamba(nn.Module):
             ssm_state.zero_()
         return conv_state, ssm_state
 
-    # -- checks ----------------------------------------------------------------------------------
-
     def _check_input(self, hidden_states: torch.Tensor) -> tuple[int, int]:
         if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
             raise ValueError(
                 f"hidden_states must have shape (b, l, d_model={self.d_model}), got "
                 f"{tuple(hidden_states.shape)}"
             )
+        if not hidden_states.is_floating_point():
+            raise TypeError(f"hidden_states must be floating-point, got {hidden_states.dtype}")
         return hidden_states.shape[0], hidden_states.shape[1]
 
     def _check_state(self, state: State) -> int:

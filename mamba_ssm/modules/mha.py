@@ -162,6 +162,8 @@ class MHA(nn.Module):
             raise ValueError(
                 f"x must have shape (b, l, embed_dim={self.embed_dim}), got {tuple(x.shape)}"
             )
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating-point, got {x.dtype}")
         batch, length, _ = x.shape
         stateful = initial_state is not None or return_final_state or inference_params is not None
         if stateful and not self.causal:
