@@ -89,11 +89,11 @@ def find_torch() -> Path:
 
 
 def find_cxx() -> str:
-    """The C++ compiler: $CXX, else the first of g++, clang++, c++ on the PATH."""
+    """The C++ compiler: $CXX (one program), else the first of g++, clang++, c++ on the PATH."""
     if platform.system() != "Linux":
         raise BuildUnavailable(f"the kernels are built on Linux only, not on {platform.system()}")
     wanted = os.environ.get("CXX")
-    for name in [shlex.split(wanted)[0]] if wanted else ["g++", "clang++", "c++"]:
+    for name in [wanted] if wanted else ["g++", "clang++", "c++"]:
         path = shutil.which(name)
         if path:
             return path
