@@ -265,8 +265,9 @@ UPDATE_ROWS = (
 )
 
 
-def make_update(b=3, d=6, l=1, w=4, columns=3, dtype=torch.float32, state_dtype=None, bias=True,
-                activation="silu", indices=None, ring=None, strided=False, device="cpu"):  # fmt: skip
+def make_update(b=3, d=6, l=1, w=4, columns=3, dtype=torch.float32, state_dtype=None,
+                bias=True, activation="silu", indices=None, ring=None, strided=False,
+                device="cpu"):  # fmt: skip
     generator = torch.Generator().manual_seed(0)
 
     def rand(*shape, dtype=torch.float32):
