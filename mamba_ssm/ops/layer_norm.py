@@ -29,7 +29,11 @@ __all__ = [
 
 
 class _AddNormFn(torch.autograd.Function):
-    """Rows (m,d): (y, residual_out); residual_out is absent where it would be x itself."""
+    """Rows (m,d): (y, residual_out); residual_out is absent where it would be x itself.
+
+    The backward pass needs the unrounded sum. Where residual_out holds it, that one tensor is kept
+    instead of x and residual.
+    """
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, is_rms_norm, residual_dtype):
@@ -37,46 +41,49 @@ class _AddNormFn(torch.autograd.Function):
         op = backend.resolve("_add_norm_fwd", x.device.type, x.dtype)
         y, total, mean, rstd = op(x, residual, weight, bias, eps, is_rms_norm, residual_dtype)
         ctx.eps, ctx.is_rms_norm, ctx.residual_dtype = eps, is_rms_norm, residual_dtype
-        ctx.same = total.dim() == 1
-        ctx.save_for_backward(x, residual, weight, bias, None if ctx.same else total, mean, rstd)
+        ctx.dtype, ctx.absent = x.dtype, total.dim() == 1
+        ctx.other_dtype = None if residual is None else residual.dtype
+        ctx.summed = ctx.absent or total.dtype == accumulate_dtype(x, residual)
+        if ctx.summed:
+            ctx.save_for_backward(x if ctx.absent else total, None, weight, bias, mean, rstd)
+        else:
+            ctx.save_for_backward(x, residual, weight, bias, mean, rstd)
         return y, total
 
     @staticmethod
     def backward(ctx, dy, dtotal):
-        x, residual, weight, bias, total, mean, rstd = ctx.saved_tensors
-        if ctx.same:
-            dtotal = None
+        x, residual, weight, bias, mean, rstd = ctx.saved_tensors
+        dtotal = None if ctx.absent else dtotal
         if wants_double_backward():
-            grads = differentiable_backward(
-                lambda *args: _plain(*args, ctx.eps, ctx.is_rms_norm, ctx.residual_dtype),
+            dsum, other, dweight, dbias = differentiable_backward(
+                lambda *args: _plain(
+                    *args, ctx.eps, ctx.is_rms_norm, ctx.dtype, ctx.residual_dtype
+                ),
                 (x, residual, weight, bias),
                 (dy, dtotal),
             )
-            return *grads, None, None, None
-        if dy is None:
-            dy = torch.zeros_like(x)
-        op = backend.resolve("_add_norm_bwd", x.device.type, x.dtype)
-        dsum, dweight, dbias = op(
-            dy, dtotal, x if ctx.same else total, weight, bias, mean, rstd, ctx.is_rms_norm
-        )
-        return (
-            dsum.to(x.dtype),
-            None if residual is None else dsum.to(residual.dtype),
-            dweight.to(weight.dtype),
-            None if bias is None else dbias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+        else:
+            dy = torch.zeros_like(x, dtype=ctx.dtype) if dy is None else dy
+            op = backend.resolve("_add_norm_bwd", x.device.type, ctx.dtype)
+            dsum, dweight, dbias = op(
+                dy, dtotal, x, residual, weight, bias, mean, rstd, ctx.is_rms_norm
+            )
+            other, dweight = dsum, dweight.to(weight.dtype)
+            dbias = None if bias is None else dbias.to(bias.dtype)
+        if ctx.summed:
+            other = dsum
+        dx = None if dsum is None else dsum.to(ctx.dtype)
+        if ctx.other_dtype is None or other is None:
+            return dx, None, dweight, dbias, None, None, None
+        return dx, other.to(ctx.other_dtype), dweight, dbias, None, None, None
 
 
-def _plain(x, residual, weight, bias, eps, is_rms_norm, residual_dtype) -> tuple[Tensor, Tensor]:
-    """What _AddNormFn computes, in plain differentiable torch."""
-    dtype = accumulate_dtype(x, residual)
-    total = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
-    return _norm(total, weight, bias, eps, is_rms_norm).to(x.dtype), total.to(
-        residual_dtype or x.dtype
-    )
+def _plain(x, residual, weight, bias, eps, is_rms_norm, dtype, residual_dtype) -> tuple:
+    """(y, residual_out) in plain differentiable torch; without residual x may be the whole sum."""
+    wide = accumulate_dtype(x, residual)
+    total = x.to(wide) if residual is None else x.to(wide) + residual.to(wide)
+    y = _norm(total, weight, bias, eps, is_rms_norm)
+    return y.to(dtype), total.to(residual_dtype or dtype)
 
 
 def _norm(

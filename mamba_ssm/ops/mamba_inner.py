@@ -88,7 +88,7 @@ def _rms_rows_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, eps:
     rstd = torch.rsqrt(rows.to(accumulate_dtype(x)).square().mean(dim=1) + eps)
     op = backend.resolve("_add_norm_bwd", x.device.type, x.dtype)
     dx, dweight, _ = op(
-        dy.flatten(0, 1), None, rows, weight, None, rstd.new_empty((0,)), rstd, True
+        dy.flatten(0, 1), None, rows, None, weight, None, rstd.new_empty((0,)), rstd, True
     )
     return dx.view(x.shape).to(x.dtype), dweight
 

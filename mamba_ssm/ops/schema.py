@@ -128,8 +128,8 @@ def _norm_fwd_fake(x, residual, weight, bias, eps, is_rms_norm, residual_dtype):
     return x.new_empty(x.shape), residual_out, mean, x.new_empty((rows,), dtype=acc)
 
 
-def _norm_bwd_fake(dy, dresidual_out, residual_out, weight, bias, mean, rstd, is_rms_norm):
-    acc = accumulate_dtype(residual_out)
+def _norm_bwd_fake(dy, dresidual_out, x, residual, weight, bias, mean, rstd, is_rms_norm):
+    acc = accumulate_dtype(x, residual)
     return (
         dy.new_empty(dy.shape, dtype=acc),
         weight.new_empty(weight.shape, dtype=acc),
@@ -206,9 +206,10 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         "_add_norm_bwd",
-        "(Tensor dy, Tensor? dresidual_out, Tensor residual_out, Tensor weight, Tensor? bias, "
+        "(Tensor dy, Tensor? dresidual_out, Tensor x, Tensor? residual, Tensor weight, Tensor? bias, "
         "Tensor mean, Tensor rstd, bool is_rms_norm) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-        "gradients of _add_norm_fwd, all fp32; dx is the gradient of the sum x + residual",
+        "gradients of _add_norm_fwd, all fp32; dx is that of the sum x + residual, which may also be "
+        "given whole as x",
         _ref_norm.add_norm_bwd,
         _norm_bwd_fake,
     ),

@@ -40,7 +40,8 @@ def add_norm_fwd(
 def add_norm_bwd(
     dy: Tensor,
     dresidual_out: Tensor | None,
-    residual_out: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     mean: Tensor,
@@ -48,16 +49,18 @@ def add_norm_bwd(
     is_rms_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Internal op ``_add_norm_bwd``: see ``ops/schema.py`` for shapes."""
-    dtype, absent = accumulate_dtype(residual_out), dy.new_empty((0,))
-    total, dy = residual_out.to(dtype), dy.to(dtype)
+    dtype, absent = accumulate_dtype(x, residual), dy.new_empty((0,))
+    total, dy = x.to(dtype), dy.to(dtype)
+    if residual is not None:
+        total = total + residual.to(dtype)
     if not is_rms_norm:
         total = total - mean[:, None]
     normed = total * rstd[:, None]
     dnormed = dy * weight.to(dtype)
     dx = dnormed - normed * (dnormed * normed).mean(dim=-1, keepdim=True)
-    if not is_rms_norm:
-        dx = dx - dnormed.mean(dim=-1, keepdim=True)
     dx = dx * rstd[:, None]
+    if not is_rms_norm:  # last, so that dx has mean zero even where the mean above was inexact
+        dx = dx - dx.mean(dim=-1, keepdim=True)
     if dresidual_out is not None:
         dx = dx + dresidual_out.to(dtype)
     dbias = absent if bias is None else dy.sum(dim=0)
