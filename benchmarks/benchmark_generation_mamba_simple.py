@@ -102,6 +102,10 @@ def load_transformers(
     """A transformers model in eval mode."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from mamba_ssm.utils.hub import find_required, open_model
+
+    # Says at once what is wrong, where transformers would go through a minute of retries.
+    find_required(open_model(args.model_name), "config.json")
     try:
         if args.random_weights:
             torch.manual_seed(args.seed or 0)
@@ -113,7 +117,7 @@ def load_transformers(
         reason = str(error).splitlines()[0]
         raise CommandError(
             f"cannot load {args.model_name!r} through transformers ({reason}): give a local "
-            "directory with config.json and weights, or a hub name while the hub can be reached"
+            "directory with config.json and weights, or --random-weights for its shape alone"
         ) from error
     # A fixed number of tokens is timed, whatever they are.
     model.generation_config.eos_token_id = None

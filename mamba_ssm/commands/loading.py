@@ -104,7 +104,7 @@ def add_prompt_options(
         type=POSITIVE,
         default=genlen,
         metavar="N",
-        help=f"default: {genlen} new tokens",
+        help=f"how many tokens to add (default: {genlen})",
     )
     group.add_argument(
         "--batch", type=POSITIVE, default=1, metavar="N", help="copies of the prompt (default: 1)"
