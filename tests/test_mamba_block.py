@@ -367,7 +367,7 @@ def test_parametrizations_hooks_and_replaced_forwards_are_respected(name):
     assert not torch.allclose(wrapped(x), layer(x))
 
 
-def test_a_bias_or_a_tensor_subclass_in_a_projection_is_not_lost():
+def test_a_bias_or_a_tensor_subclass_in_a_projection_is_not_lost(monkeypatch):
     layer, x = make(), inputs(2, 5, 6)
     biased = copy.deepcopy(layer)
     biased.x_proj = nn.Linear(layer.d_inner, layer.x_proj.out_features, dtype=x.dtype)
@@ -392,6 +392,8 @@ def test_a_bias_or_a_tensor_subclass_in_a_projection_is_not_lost():
     weight = quantised.out_proj.weight.detach()
     del quantised.out_proj.weight
     quantised.out_proj.weight = weight.as_subclass(Twice)
+    monkeypatch.setattr(mamba_simple, "mamba_inner_fn", lambda *_, **__: pytest.fail("fused"))
+    layer.use_fast_path = False
     assert_same(quantised(x).detach(), 2 * layer(x).detach())
 
 
@@ -521,6 +523,8 @@ def test_step_with_gradients_still_updates_plain_buffers():
     assert all(p.grad.isfinite().all() for p in layer.parameters())
     layer.step(x, conv, leaf)
     assert torch.equal(leaf, torch.zeros_like(leaf))
+    with torch.no_grad():
+        assert layer.step(x, conv, leaf)[2] is leaf and leaf.any()
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
     assert layer.step(x, conv, ssm)[2] is ssm
@@ -554,6 +558,12 @@ def test_continuing_from_the_cache_equals_one_pass(grad):
     assert_same(torch.cat(outs, 1).detach(), expected)
     assert cache.key_value_memory_dict[0] is buffers and not buffers[0].requires_grad
     assert_same(buffers[0], layer.in_proj(x).transpose(1, 2)[:, :12, -4:].detach())
+    if grad:  # nothing that a call read for its gradient was overwritten
+        mask = torch.ones(2, 3)
+        mask[0, 1] = 0
+        outs.append(layer(x[:, :3], cache, attention_mask=mask))
+        torch.cat(outs, 1).sum().backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
     # A new prefill must not see what was there.
     cache.seqlen_offset = 0
     assert_same(layer(x, cache).detach(), expected)
@@ -575,6 +585,11 @@ def test_prefill_from_a_given_state_and_rows_of_a_larger_cache():
     assert_same(ssm[3:], final[1].detach())
     assert_same(conv[3:, :, 1:], final[0].detach())
     assert not conv[:3].any() and not ssm[:3].any() and again[1].shape == (2, 12, 4)
+    short = params()
+    with torch.no_grad():
+        layer(x[:, 2:4], short, initial_state=state)
+    raw = layer.in_proj(x[:, :4]).transpose(1, 2)[:, :12].detach()
+    assert_same(short.key_value_memory_dict[0][0], raw)
     states = layer._get_states_from_cache(cache, 2, initialize_states=True)
     assert not states[0].any() and not ssm.any()
 

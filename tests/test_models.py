@@ -323,6 +323,10 @@ def test_chunked_loss_is_the_loss_and_never_holds_all_logits(monkeypatch, tied):
     assert_all_same(actual, expected)
     # Scratch of a step stays below the embedding's own gradient.
     assert seen.largest <= model.lm_head.weight.numel() < x.numel() * 2000
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        chunked()
+    assert not any(shape and shape[-1] == 2000 for shape in kept), "logits are kept for backward"
     with torch.no_grad():
         assert_same(chunked(), expected["output 0"])
         assert model(x, labels=labels).logits is None

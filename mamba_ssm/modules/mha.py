@@ -49,7 +49,7 @@ def _locate(length: int, seq_idx: Tensor | None, device: torch.device) -> _Token
     place = torch.arange(length, device=device).expand_as(seq_idx)
     last = torch.where(valid, place, -1).cummax(dim=1).values
     before = F.pad(last, (1, 0), value=-1)[:, :length]
-    starts = valid & (before >= 0) & (seq_idx.gather(1, before.clamp(min=0)) != seq_idx)
+    starts = valid & (seq_idx.gather(1, before.clamp(min=0)) != seq_idx)
     run = starts.cumsum(dim=1)
     same = (run[:, :, None] == run[:, None, :]) & valid[:, :, None] & valid[:, None, :]
     rank = (same.tril().sum(dim=-1) - 1).clamp(min=0)
