@@ -459,6 +459,16 @@ def test_graphs_serve_changing_batches_lengths_and_weights(cuda_only):
     assert torch.equal(model.generate(ids, 12, cg=True), other.generate(ids, 12))
 
 
+def test_graphs_are_captured_again_for_another_backend(cuda_only):
+    model = tiny_lm(device="cuda")
+    ids = prompt(2, 5, "cuda")
+    expected = model.generate(ids, 12, cg=True)
+    before = model._decoding_cache
+    with mamba_ssm.backend("reference"):
+        assert torch.equal(model.generate(ids, 12, cg=True), expected)
+    assert model._decoding_cache is not before
+
+
 def test_graphs_with_states_padding_and_eos(cuda_only):
     model = tiny_lm(device="cuda")
     ids, mask = padded([prompt(1, n, "cuda", seed=n)[0] for n in (6, 3)], "lr")

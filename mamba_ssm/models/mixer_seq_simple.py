@@ -23,6 +23,7 @@ from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.modules.mha import MHA
 from mamba_ssm.modules.mlp import GatedMLP
 from mamba_ssm.modules.sequence_args import resolve_packing
+from mamba_ssm.ops import backend
 from mamba_ssm.ops.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from mamba_ssm.utils.generation import GenerationMixin
 from mamba_ssm.utils.hf import (
@@ -334,6 +335,10 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
     ) -> dict[int, tuple[torch.Tensor | None, ...]]:
         """Decode caches of zeros, {layer index: cache}."""
         return self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+
+    def _graph_key(self) -> tuple[str, ...]:
+        """What else a captured decode step depends on: the backend that its kernels come from."""
+        return (backend.current(),)
 
     def forward(
         self,
