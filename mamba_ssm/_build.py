@@ -38,6 +38,18 @@ PORTABLE_CUDA_ARCHS = "8.0;9.0+PTX"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Neither changes a result; without them no loop with a comparison of floats is vectorised.
 CXX_FLAGS += ["-fno-trapping-math", "-fno-math-errno"]
+# A file named *.isa.cpp is compiled once for each of these, in a namespace of that name, and chosen
+# at run time (csrc/common/cpu_isa.h); *.isa_bf16.cpp for the bf16 and int8 dot products as well.
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+_AVX512 += ["-mprefer-vector-width=512"]
+X86_ISAS = {
+    "baseline": (4, []),
+    "avx2": (8, _AVX2),
+    "avx512": (16, _AVX512),
+    "avx512_bf16": (16, [*_AVX512, "-mavx512bf16", "-mavx512vnni"]),
+}
+OTHER_ISAS = {"baseline": (4, [])}
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
 
 
@@ -190,15 +202,30 @@ class _Step:
     depfile: Path | None = None
 
 
+def _isa_variants(source: Path) -> dict[str, list[str]]:
+    """Extra flags for each object file made of ``source``, by the name of its instruction set."""
+    if not source.name.endswith((".isa.cpp", ".isa_bf16.cpp")):
+        return {"": []}
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    isas = dict(X86_ISAS if x86 else OTHER_ISAS)
+    if source.name.endswith(".isa.cpp"):
+        isas.pop("avx512_bf16", None)
+    return {
+        # Vectors wider than the baseline's registers never cross a call, so their ABI is moot.
+        isa: [f"-DMAMBA_ISA={isa}", f"-DMAMBA_LANES={lanes}", "-Wno-psabi", *flags]
+        for isa, (lanes, flags) in isas.items()
+    }
+
+
 def _compile_steps(tools: Toolchain, build_dir: Path) -> list[_Step]:
     csrc = csrc_dir()
-    sources = [csrc / f"bindings_{tools.device}.cpp"]
+    sources = sorted(csrc.glob(f"bindings_{tools.device}*.cpp"))
     sources += sorted(csrc.glob(f"*/{tools.device}/*.cpp"))
     sources += sorted(csrc.glob(f"*/{tools.device}/*.cu"))
     target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
     steps = []
-    for source in sources:
-        name = "_".join(source.relative_to(csrc).parts)
+    for source, isa, flags in [(s, i, f) for s in sources for i, f in _isa_variants(s).items()]:
+        name = "_".join(source.relative_to(csrc).parts) + (f".{isa}" if isa else "")
         output = build_dir / f"{name}.o"
         depfile = build_dir / f"{name}.d"
         if source.suffix == ".cu":
@@ -206,7 +233,7 @@ def _compile_steps(tools: Toolchain, build_dir: Path) -> list[_Step]:
             command = [tools.nvcc, *NVCC_FLAGS, "-ccbin", tools.cxx]
             command += nvcc_arch_flags(tools.cuda_archs)
         else:
-            command = [tools.cxx, *CXX_FLAGS]
+            command = [tools.cxx, *CXX_FLAGS, *flags]
             if source.parent == csrc:  # the bindings, the only files that see torch
                 command += [target, "-isystem", str(tools.torch_dir / "include")]
                 if tools.device == "cuda":

@@ -107,6 +107,44 @@ def has_kernel(op_name: str, device_type: str) -> bool:
     return (op_name, device_type) in _kernels
 
 
+CPU_ISA_VARIABLE = "MAMBA_SSM_CPU_ISA"
+
+
+@functools.cache
+def _cpu_library() -> ctypes.CDLL:
+    loaded, reason = status()["cpu"]
+    if not loaded:
+        raise RuntimeError(reason)
+    library = ctypes.CDLL(str(library_path("cpu")))
+    library.mamba_ssm_cpu_isa.restype = ctypes.c_char_p
+    library.mamba_ssm_available_cpu_isa.restype = ctypes.c_char_p
+    return library
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use now. Raises RuntimeError without them."""
+    return _cpu_library().mamba_ssm_cpu_isa().decode()
+
+
+def available_cpu_isas() -> list[str]:
+    """The instruction sets that this machine has and the kernels are compiled for, worst first."""
+    names, library = [], _cpu_library()
+    while (name := library.mamba_ssm_available_cpu_isa(len(names))) is not None:
+        names.append(name.decode())
+    return [name for name in names if name]
+
+
+def force_cpu_isa(name: str) -> None:
+    """Makes the CPU kernels of this process use one instruction set; "auto" undoes it.
+
+    Raises ValueError if this machine lacks it. The environment variable ``MAMBA_SSM_CPU_ISA`` does
+    the same from the start.
+    """
+    if not _cpu_library().mamba_ssm_force_cpu_isa(name.encode()):
+        have = ", ".join(["auto", *available_cpu_isas()])
+        raise ValueError(f"instruction set {name!r} is not to be had; this machine has: {have}")
+
+
 def _serves(archs: str, capability: tuple[int, int]) -> bool:
     """Whether a library with code for ``archs`` ("8.0;9.0+PTX") runs on this compute capability."""
     for major, minor, suffix, ptx in re.findall(r"(\d+)\.(\d+)([af]?)(\+PTX)?", archs):

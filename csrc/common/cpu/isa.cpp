@@ -1,0 +1,80 @@
+#include "../cpu_isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+namespace mamba {
+namespace {
+
+constexpr const char* kNames[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kVariable = "MAMBA_SSM_CPU_ISA";
+
+Isa best_isa() {
+  int best = 0;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (isa_available(static_cast<Isa>(i))) best = i;
+  }
+  return static_cast<Isa>(best);
+}
+
+// Looks the name up among those that this machine has; false if it is not there.
+bool find_isa(const char* name, Isa* isa) {
+  if (name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0) {
+    *isa = best_isa();
+    return true;
+  }
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (std::strcmp(name, kNames[i]) == 0 && isa_available(static_cast<Isa>(i))) {
+      *isa = static_cast<Isa>(i);
+      return true;
+    }
+  }
+  return false;
+}
+
+std::atomic<int32_t>& chosen() {
+  static std::atomic<int32_t> isa{[] {
+    Isa found;
+    if (!find_isa(std::getenv(kVariable), &found)) found = best_isa();
+    return static_cast<int32_t>(found);
+  }()};
+  return isa;
+}
+
+}  // namespace
+
+bool isa_available(Isa isa) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  switch (isa) {
+    case Isa::kAvx2:
+      return avx2;
+    case Isa::kAvx512:
+      return avx512;
+    case Isa::kAvx512Bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16") &&
+             __builtin_cpu_supports("avx512vnni");
+    default:
+      return true;
+  }
+#else
+  return isa == Isa::kBaseline;
+#endif
+}
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+Isa current_isa() { return static_cast<Isa>(chosen().load(std::memory_order_relaxed)); }
+
+bool force_isa(const char* name) {
+  Isa isa;
+  if (!find_isa(name, &isa)) return false;
+  chosen().store(static_cast<int32_t>(isa), std::memory_order_relaxed);
+  return true;
+}
+
+}  // namespace mamba

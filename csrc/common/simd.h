@@ -1,0 +1,226 @@
+// Vectors of floats for the CPU kernels, as wide as the instruction set that the file is compiled
+// for. Only *.isa.cpp files include this: the builder compiles each of them once per instruction
+// set, with MAMBA_ISA naming the namespace and MAMBA_LANES the floats in a register.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "cpu_convert.h"
+#include "tensor_arg.h"
+
+#if !defined(MAMBA_ISA) || !defined(MAMBA_LANES)
+#error "compile *.isa.cpp files through the builder, which defines MAMBA_ISA and MAMBA_LANES"
+#endif
+
+#define MAMBA_INLINE inline __attribute__((always_inline))
+
+namespace mamba {
+namespace MAMBA_ISA {
+
+constexpr int kLanes = MAMBA_LANES;
+
+typedef float Vec __attribute__((vector_size(4 * MAMBA_LANES)));
+typedef int32_t VecI __attribute__((vector_size(4 * MAMBA_LANES)));
+typedef uint32_t VecU __attribute__((vector_size(4 * MAMBA_LANES)));
+typedef uint16_t VecH __attribute__((vector_size(2 * MAMBA_LANES)));
+
+MAMBA_INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+MAMBA_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+MAMBA_INLINE Vec broadcast(float x) { return Vec{} + x; }
+
+template <class To, class From>
+MAMBA_INLINE To bits_as(From v) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  std::memcpy(&to, &v, sizeof(to));
+  return to;
+}
+
+// 16-bit floats, kLanes at a time.
+MAMBA_INLINE Vec load_bfloat16(const uint16_t* p) {
+  VecH h;
+  std::memcpy(&h, p, sizeof(h));
+  return bits_as<Vec>(__builtin_convertvector(h, VecU) << 16);
+}
+
+MAMBA_INLINE void store_bfloat16(uint16_t* p, Vec v) {
+  const VecU bits = bits_as<VecU>(v);
+  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
+  const VecU nan = VecU{} + 0x7fc0u;
+  const VecH h = __builtin_convertvector(v == v ? rounded : nan, VecH);
+  std::memcpy(p, &h, sizeof(h));
+}
+
+MAMBA_INLINE Vec load_half(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = half_to_float(p[i]);
+  return v;
+#endif
+}
+
+MAMBA_INLINE void store_half(uint16_t* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v[i]);
+#endif
+}
+
+// One element type of a tensor: how kLanes of it are read and written.
+struct F32 {
+  using T = float;
+  static MAMBA_INLINE Vec read(const T* p) { return load(p); }
+  static MAMBA_INLINE void write(T* p, Vec v) { store(p, v); }
+};
+struct F16 {
+  using T = uint16_t;
+  static MAMBA_INLINE Vec read(const T* p) { return load_half(p); }
+  static MAMBA_INLINE void write(T* p, Vec v) { store_half(p, v); }
+};
+struct BF16 {
+  using T = uint16_t;
+  static MAMBA_INLINE Vec read(const T* p) { return load_bfloat16(p); }
+  static MAMBA_INLINE void write(T* p, Vec v) { store_bfloat16(p, v); }
+};
+
+// Calls f with the element type that `dtype` names.
+template <class F>
+MAMBA_INLINE void with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat16:
+      f(F16{});
+      break;
+    case DType::kBFloat16:
+      f(BF16{});
+      break;
+    default:
+      f(F32{});
+  }
+}
+
+// The first `count` lanes; the others are 0.
+template <class E>
+MAMBA_INLINE Vec read_some(const typename E::T* p, int count) {
+  typename E::T all[kLanes] = {};
+  std::memcpy(all, p, sizeof(typename E::T) * static_cast<size_t>(count));
+  return E::read(all);
+}
+template <class E>
+MAMBA_INLINE void write_some(typename E::T* p, Vec v, int count) {
+  typename E::T all[kLanes];
+  E::write(all, v);
+  std::memcpy(p, all, sizeof(typename E::T) * static_cast<size_t>(count));
+}
+
+MAMBA_INLINE Vec min(Vec a, float b) { return a < b ? a : broadcast(b); }
+MAMBA_INLINE Vec max(Vec a, float b) { return a > b ? a : broadcast(b); }
+
+// The sum of all lanes, always in the same order.
+MAMBA_INLINE float sum(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// 2^x within 1 unit in the last place of the normal range: x = k + f with |f| <= 1/2, 2^f by a
+// degree-6 minimax polynomial (relative error 2e-9 before rounding). Overflows to infinity,
+// underflows to 0, keeps NaN.
+MAMBA_INLINE Vec exp2(Vec x) {
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+#if !defined(__AVX512F__)
+  // Keeps the exponent arithmetic below in range; 2^-160 is 0 and 2^129 infinity in fp32.
+  x = x < -160.0f ? broadcast(-160.0f) : x;
+  x = x > 129.0f ? broadcast(129.0f) : x;
+#endif
+  const Vec shifted = x + magic;
+  const Vec k = shifted - magic;
+  const Vec f = x - k;
+  Vec p = broadcast(1.535336196e-4f);
+  p = p * f + 1.339887502e-3f;
+  p = p * f + 9.618436918e-3f;
+  p = p * f + 5.550332367e-2f;
+  p = p * f + 2.402264774e-1f;
+  p = p * f + 6.931471825e-1f;
+  p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)k);
+#else
+  // Two factors, so that results down to the smallest subnormal come out right.
+  const VecI exponent = bits_as<VecI>(shifted) - 0x4b400000;
+  const VecI half = exponent >> 1;
+  const Vec result = p * bits_as<Vec>((half + 127) << 23) *
+                     bits_as<Vec>((exponent - half + 127) << 23);
+  return x == x ? result : x;
+#endif
+}
+
+constexpr float kLog2e = 1.44269504f;
+
+// e^x: the argument is reduced in two steps, so that large |x| keep full precision.
+MAMBA_INLINE Vec exp(Vec x) {
+  const Vec magic = broadcast(12582912.0f);
+  x = x < -110.0f ? broadcast(-110.0f) : x;
+  x = x > 90.0f ? broadcast(90.0f) : x;
+  const Vec shifted = x * kLog2e + magic;
+  const Vec k = shifted - magic;
+  Vec r = x - k * 0.693359375f;
+  r = r - k * -2.12194440e-4f;
+  Vec p = broadcast(1.9841270e-4f);
+  p = p * r + 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)k);
+#else
+  const VecI exponent = bits_as<VecI>(shifted) - 0x4b400000;
+  const VecI half = exponent >> 1;
+  const Vec result = p * bits_as<Vec>((half + 127) << 23) *
+                     bits_as<Vec>((exponent - half + 127) << 23);
+  return x == x ? result : x;
+#endif
+}
+
+MAMBA_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+MAMBA_INLINE Vec silu(Vec x) { return x * sigmoid(x); }
+
+// log(1 + e^x) = max(x, 0) + log(1 + u), u = e^-|x|; log(1 + u) = 2 atanh(u / (2 + u)) by its
+// series, which keeps full relative precision for very negative x and vanishes beside x above 20,
+// where torch's softplus is the identity.
+MAMBA_INLINE Vec softplus(Vec x) {
+  const Vec u = exp(x < 0.0f ? x : -x);
+  const Vec t = u / (2.0f + u);
+  const Vec t2 = t * t;
+  Vec p = broadcast(2.0f / 15.0f);
+  p = p * t2 + 2.0f / 13.0f;
+  p = p * t2 + 2.0f / 11.0f;
+  p = p * t2 + 2.0f / 9.0f;
+  p = p * t2 + 2.0f / 7.0f;
+  p = p * t2 + 2.0f / 5.0f;
+  p = p * t2 + 2.0f / 3.0f;
+  return (x < 0.0f ? Vec{} : x) + (t * t2 * p + 2.0f * t);
+}
+
+}  // namespace MAMBA_ISA
+}  // namespace mamba
