@@ -36,12 +36,14 @@ def prompt(batch: int, length: int, device, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 50, (batch, length), generator=generator).to(device)
 
 
-def padded(rows: list[torch.Tensor], sides: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as one batch; 'l' or 'r' says where a row's padding goes. Padding is token 7."""
+def padded(
+    rows: list[torch.Tensor], sides: str, pad_token: int = 7
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as one batch and its mask; 'l' or 'r' says on which side a row's padding goes."""
     longest = max(len(row) for row in rows)
     ids, mask = [], []
     for row, side in zip(rows, sides, strict=True):
-        pad = row.new_full((longest - len(row),), 7)
+        pad = row.new_full((longest - len(row),), pad_token)
         order = (pad, row) if side == "l" else (row, pad)
         ids.append(torch.cat(order))
         mask.append(torch.cat([torch.zeros_like(p) if p is pad else p * 0 + 1 for p in order]))
@@ -245,7 +247,9 @@ def test_a_huge_repetition_penalty_never_repeats_and_does_not_see_padding(device
     with torch.no_grad():
         model.backbone.norm_f.weight.abs_()
     rows = [prompt(1, n, device, seed=n)[0] for n in (6, 3)]
-    ids, mask = padded(rows, "lr")
+    # What the padded row wants to say first: counted as seen, it could not.
+    wanted = int(model.generate(rows[1][None], 4, repetition_penalty=1e9)[0, 3])
+    ids, mask = padded(rows, "lr", pad_token=wanted)
     out = model.generate(ids, 26, attention_mask=mask, repetition_penalty=1e9)
     for row, result in zip(rows, out, strict=True):
         alone = model.generate(row[None], len(row) + 20, repetition_penalty=1e9)[0]
