@@ -198,6 +198,18 @@ def test_sequence_numbers_without_states_need_no_count():
     assert torch.allclose(out, expected, atol=1e-5)
 
 
+def test_autocast_leaves_the_recurrence_alone(device, backend):
+    inputs = {k: _leaf(v) for k, v in make_inputs(CASES["initial state"], device).items()}
+    plain = _fn(**inputs)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        cast = _fn(**inputs)
+        cast[0].sum().backward()
+    gradient, inputs["u"].grad = inputs["u"].grad, None
+    plain[0].sum().backward()
+    assert torch.equal(cast[0], plain[0]) and torch.equal(cast[1], plain[1])
+    assert torch.equal(gradient, inputs["u"].grad)
+
+
 def test_repeats_are_bit_identical(device, backend):
     def grads():
         inputs = {k: _leaf(v) for k, v in make_inputs(CASES["packed, groups"], device).items()}

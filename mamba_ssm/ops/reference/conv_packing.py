@@ -6,13 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
-    """out[index] += rows, always in the same order: index_add_ is atomic on a GPU, so not there."""
-    if rows.is_cuda:
-        out.index_put_((index,), rows, accumulate=True)
-    else:
-        out.index_add_(0, index, rows)
+from .state_rows import add_rows
 
 
 class PackedConv:
@@ -131,9 +125,9 @@ class PackedConv:
         buffer = torch.empty_like(dpre)
         for j, rows in enumerate(self.taps):
             dweight[:, self.last - j] = self._tap(j, buffer).mul_(dpre).sum(dim=0)
-            _add_rows(dtable, rows, torch.mul(dpre, self.weight[:, self.last - j], out=buffer))
+            add_rows(dtable, rows, torch.mul(dpre, self.weight[:, self.last - j], out=buffer))
         if dfinal is not None:
-            _add_rows(dtable, self.final, dfinal.transpose(1, 2).reshape(-1, self.channels))
+            add_rows(dtable, self.final, dfinal.transpose(1, 2).reshape(-1, self.channels))
         dx = dtable[: self.steps].view(self.batch, self.length, self.channels)
         dinitial = dtable[self.steps : self.zero]
         if self.zero > self.steps or self.num_states * self.last == 0:

@@ -7,6 +7,8 @@ loop runs over a long contiguous dimension.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,17 @@ from torch import Tensor
 # States of one time step of a group of chunks: within a CPU core's cache, and enough for a GPU.
 _GROUP_ELEMENTS = {"cpu": 2**18}
 _GROUP_ELEMENTS_GPU = 2**23
+
+
+def without_autocast(op: Callable) -> Callable:
+    """``op``, whose first argument is a tensor, with its matrix products in their own dtype."""
+
+    @functools.wraps(op)
+    def wrapper(first: Tensor, *args):
+        with torch.autocast(first.device.type, enabled=False):
+            return op(first, *args)
+
+    return wrapper
 
 
 def chunked(x: Tensor, chunks: int, chunk_size: int) -> Tensor:
@@ -72,7 +85,7 @@ class Projection:
             out.copy_(torch.matmul(self.value[lo:hi, t].transpose(-1, -2), state))
 
     def add_gradient(self, state: Tensor, row: Tensor, lo: int, hi: int, t: int) -> None:
-        """The gradient of this, given that it multiplies ``state`` and is summed against ``row``."""
+        """Add the gradient: this times ``state``, then summed against ``row``."""
         if self._gradient is None:
             self._gradient = torch.zeros_like(self.value)
         if self.constant:

@@ -65,7 +65,7 @@ def selective_scan_sequential(
     seq_idx: Tensor | None = None,
     num_states: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, final_state) of the recurrence of arXiv 2312.00752, section 3; plain differentiable torch.
+    """(out, final_state) of the recurrence (arXiv 2312.00752, section 3), plain differentiable.
 
     Serves real and complex A, fp32 and fp64, and the whole state contract. Its cost is l Python
     steps and its autograd graph holds (b, d, l, n).

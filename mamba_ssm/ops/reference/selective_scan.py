@@ -29,7 +29,9 @@ from .scan_layout import (
     public_state,
     state_rows,
     unchunked,
+    without_autocast,
 )
+from .state_rows import add_rows
 
 
 class _Forward:
@@ -90,6 +92,7 @@ class _Forward:
         self.final = torch.where(over_state(hit.any(dim=1)), h.flatten(0, 1)[row], self.final)
 
 
+@without_autocast
 def selective_scan_fwd(
     u: Tensor,
     delta: Tensor,
@@ -177,7 +180,7 @@ class _Backward:
             dh.add_(self.dfinal[packing.index[lo:hi, t]].masked_fill_(~last, 0.0))
 
     def push(self, dh: Tensor, decay: Tensor, lo: int, hi: int, t: int, collect: bool) -> None:
-        """dh <- the gradient of the state before step t; a restart gives it to its initial state."""
+        """dh <- the gradient of the state before step t; at a restart the initial state gets it."""
         dh.mul_(decay)
         packing = self.x.packing
         if packing is None:
@@ -185,7 +188,7 @@ class _Backward:
         restart = over_state(packing.restart[lo:hi, t])
         if collect:
             index = packing.index[lo:hi, t].flatten()
-            self.dinitial.index_add_(0, index, dh.masked_fill(~restart, 0.0).flatten(0, 1))
+            add_rows(self.dinitial, index, dh.masked_fill(~restart, 0.0).flatten(0, 1))
         dh.masked_fill_(restart, 0.0)
 
     def chunk_ends(self, carry: Tensor, lo: int, hi: int) -> Tensor:
@@ -231,6 +234,7 @@ class _Backward:
         torch.sum(through_decay.mul_(x.A), dim=-2, keepdim=True, out=self.d_delta[lo:hi, t])
 
 
+@without_autocast
 def selective_scan_bwd(
     dout: Tensor,
     dfinal_state: Tensor | None,

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 
+def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """out[index] += rows, always in the same order: index_add_ is atomic on a GPU, so not there."""
+    if rows.is_cuda:
+        out.index_put_((index,), rows, accumulate=True)
+    else:
+        out.index_add_(0, index, rows)
+
+
 class StateRows:
     """Rows ``indices`` (b,) of ``state`` (S, ...): negative is skipped, None is every row."""
 
