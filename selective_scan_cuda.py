@@ -1,7 +1,7 @@
 """The historical extension module ``selective_scan_cuda``, over this library's ops, on any device.
 
 Research code imports it directly. No gradient flows through these functions: :func:`bwd` is the
-gradient of :func:`fwd`. New code wants ``mamba_ssm.ops.selective_scan_interface.selective_scan_fn``.
+gradient of :func:`fwd`. New code wants ``mamba_ssm.selective_scan_fn``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from mamba_ssm.ops import backend
 from mamba_ssm.ops.chunking import chunk_size_for
 from mamba_ssm.ops.dtypes import accumulate_dtype
 from mamba_ssm.ops.scan_checks import check_scan_arguments
+from mamba_ssm.ops.scan_groups import same_groups, sum_groups
 
-__all__ = ["fwd", "bwd"]
+__all__ = ["bwd", "fwd"]
 
 # The historical kernels keep a state for every so many steps, in ``x``.
 _KEPT_EVERY = 2048
@@ -35,7 +36,10 @@ def _checked(u, delta, A, B, C, D, z, delta_bias) -> None:
 def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     op = backend.resolve("_selective_scan_fwd", u.device.type, u.dtype)
     chunk = min(_KEPT_EVERY, chunk_size_for(u.shape[2]))
-    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, None, u.shape[0], chunk)
+    arguments = (
+        u, delta, A, *same_groups(B, C), D, z, delta_bias, delta_softplus, None, None, u.shape[0],
+        chunk,
+    )  # fmt: skip
     return op(*arguments), arguments
 
 
@@ -75,8 +79,8 @@ def fwd(
     """``[out, x]`` or, with z, ``[out, x, out_z]``.
 
     u, delta, z (b, d, l); A (d, n); B, C (b, g, n, l) or (d, n); D, delta_bias (d,).
-    out (b, d, l) is not gated, out_z is. x (b, d, ceil(l / 2048), 2n): ``x[..., 1::2]`` is the state
-    at the end of each 2048 steps, ``x[..., 0::2]`` the product of decays since the start.
+    out (b, d, l) is not gated, out_z is. x (b, d, ceil(l / 2048), 2n): ``x[..., 1::2]`` is the
+    state at the end of each 2048 steps, ``x[..., 0::2]`` the product of decays since the start.
     Raises ValueError and TypeError as selective_scan_fn does.
     """
     _checked(u, delta, A, B, C, D, z, delta_bias)
@@ -117,7 +121,15 @@ def bwd(
     (gated, _, states), arguments = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     op = backend.resolve("_selective_scan_bwd", u.device.type, u.dtype)
     du, ddelta, dA, dB, dC, dD, dz_new, dbias, _ = op(dout, None, *arguments, states)
-    results = [du, ddelta, dA, dB, dC, None if D is None else dD, None if delta_bias is None else dbias]
+    results = [
+        du,
+        ddelta,
+        dA,
+        sum_groups(dB, B),
+        sum_groups(dC, C),
+        None if D is None else dD,
+        None if delta_bias is None else dbias,
+    ]
     if z is not None:
         results.append(dz_new if dz is None else dz.copy_(dz_new))
         if recompute_out_z:

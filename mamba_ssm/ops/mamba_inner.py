@@ -1,4 +1,4 @@
-"""The fused Mamba block between in_proj and its output (arXiv 2312.00752, figure 3 and section 3.4).
+"""The fused Mamba block from in_proj to its output (arXiv 2312.00752, figure 3, section 3.4).
 
 ``mamba_inner_fn`` runs convolution, projections, scan, gate and out_proj as one autograd function,
 so that it decides what is kept for the backward: with ``checkpoint_lvl=1`` the convolution's output
@@ -15,10 +15,13 @@ from torch import Tensor
 
 from . import backend
 from ._autograd import differentiable_backward, wants_double_backward
+from ._checks import check_device, check_dtype, check_shape
 from .causal_conv1d import causal_conv1d_ref
 from .chunking import chunk_size_for
 from .dtypes import accumulate_dtype
 from .reference.scan_oracle import selective_scan_sequential
+from .scan_checks import check_projection_shape
+from .scan_groups import same_groups, sum_groups
 
 
 class _Args(NamedTuple):
@@ -68,7 +71,6 @@ def _autocast(args: _Args, dtype: torch.dtype | None) -> _Args:
         x_proj=args.x_proj.to(dtype),
         delta_proj=args.delta_proj.to(dtype),
         out_proj=args.out_proj.to(dtype),
-        out_bias=None if args.out_bias is None else args.out_bias.to(dtype),
     )
 
 
@@ -123,6 +125,12 @@ def _conv(args: _Args) -> Tensor:
     return op(x, args.conv_weight, args.conv_bias, None, None, x.shape[0], True)[0]
 
 
+def _out_projection(y: Tensor, args: _Args) -> Tensor:
+    # A client keeps the bias in fp32 beside 16-bit weights; not every device mixes them.
+    bias = None if args.out_bias is None else args.out_bias.to(args.out_proj.dtype)
+    return F.linear(y.transpose(1, 2), args.out_proj, bias)
+
+
 class MambaInnerFn(torch.autograd.Function):
     """Autograd of the fused block. ``apply`` takes mamba_inner_fn's positional arguments."""
 
@@ -168,7 +176,7 @@ class MambaInnerFn(torch.autograd.Function):
             x_dbl = F.linear(conv_out.transpose(1, 2).to(args.x_proj.dtype), args.x_proj)
             p = _project(args, x_dbl, None, ctx.eps)
             y, states = _scan(ctx, args, conv_out, p)
-            out = F.linear(y.transpose(1, 2), args.out_proj, args.out_bias)
+            out = _out_projection(y, args)
         kept = (conv_out, p.raw[0]) if checkpoint_lvl == 0 else (None, None)
         ctx.save_for_backward(*tensors, y, states, x_dbl, *kept)
         return out
@@ -202,7 +210,8 @@ def _scan_arguments(ctx, args: _Args, conv_out: Tensor, p: _Projected) -> tuple:
     z = args.xz.chunk(2, dim=1)[1].to(dtype)
     batch, _, length = conv_out.shape
     return (
-        conv_out.to(dtype), p.delta, args.A, p.B, p.C, args.D, z, args.delta_bias, ctx.delta_softplus,
+        conv_out.to(dtype), p.delta, args.A, *same_groups(p.B, p.C), args.D, z, args.delta_bias,
+        ctx.delta_softplus,
         None, None, batch, chunk_size_for(length),
     )  # fmt: skip
 
@@ -225,6 +234,7 @@ def _backward(ctx, args: _Args, dout, y, states, x_dbl, conv_out, p: _Projected)
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, _ = op(
         dy, None, *_scan_arguments(ctx, args, conv_out, p), states
     )
+    dB, dC = sum_groups(dB, p.B), sum_groups(dC, p.C)
 
     d_rows, d_dt_rms = _rms_rows_backward(ddelta.transpose(1, 2), p.raw[0], args.dt_rms, ctx.eps)
     d_delta_proj = d_rows.flatten(0, 1).t() @ x_dbl[..., :rank].flatten(0, 1)
@@ -263,7 +273,6 @@ def _compose(ctx, *tensors: Tensor | None) -> Tensor:
     """The block in plain differentiable torch, for complex A and for second derivatives."""
     args = _autocast(_flat_conv(_Args(*tensors)), ctx.autocast_dtype)
     x, z = args.xz.chunk(2, dim=1)
-    batch, _, length = x.shape
     conv_out = causal_conv1d_ref(x, args.conv_weight, args.conv_bias, activation="silu")
     x_dbl = F.linear(conv_out.transpose(1, 2).to(args.x_proj.dtype), args.x_proj)
     rank = args.delta_proj.shape[1]
@@ -289,46 +298,66 @@ def _compose(ctx, *tensors: Tensor | None) -> Tensor:
         else:
             values.append(rows.transpose(1, 2).unsqueeze(1))
     y, _ = selective_scan_sequential(
-        conv_out.to(delta.dtype), delta, args.A, *values, args.D, z.to(delta.dtype), args.delta_bias,
-        ctx.delta_softplus,
+        conv_out.to(delta.dtype), delta, args.A, *values, args.D, z.to(delta.dtype),
+        args.delta_bias, ctx.delta_softplus,
     )  # fmt: skip
-    return F.linear(y.transpose(1, 2), args.out_proj, args.out_bias)
+    return _out_projection(y, args)
+
+
+# The public names of the arguments, in the order of _Args.
+_NAMES = (
+    "xz", "conv1d_weight", "conv1d_bias", "x_proj_weight", "delta_proj_weight", "out_proj_weight",
+    "out_proj_bias", "A", "B", "C", "D", "delta_bias", "B_proj_bias", "C_proj_bias", "b_rms_weight",
+    "c_rms_weight", "dt_rms_weight",
+)  # fmt: skip
 
 
 def _check_inner(args: _Args, checkpoint_lvl: int) -> None:
-    """Shapes that do not belong together, named before anything runs."""
+    """Shapes, dtypes and devices that do not belong together, named before anything runs."""
+    given = dict(zip(_NAMES, args, strict=True))
     if args.xz.dim() != 3 or args.xz.shape[1] % 2:
         raise ValueError(f"xz must have shape (b, 2 d, l), but has {tuple(args.xz.shape)}")
-    d = args.xz.shape[1] // 2
+    b, d, length = args.xz.shape[0], args.xz.shape[1] // 2, args.xz.shape[2]
     if args.A.dim() != 2 or args.A.shape[0] != d:
         raise ValueError(f"A must have shape (d, n) = ({d}, n), but has {tuple(args.A.shape)}")
-    if args.conv_weight.shape[0] != d or args.conv_weight.numel() != d * args.conv_weight.shape[-1]:
-        raise ValueError(
-            f"conv1d_weight must have shape (d, w) = ({d}, w), but has {tuple(args.conv_weight.shape)}"
-        )
+    w = args.conv_weight.shape[-1] if args.conv_weight.dim() else 0
+    if tuple(args.conv_weight.shape) not in ((d, w), (d, 1, w)):
+        found = tuple(args.conv_weight.shape)
+        raise ValueError(f"conv1d_weight must have shape (d, w) = ({d}, w), but has {found}")
     if args.delta_proj.dim() != 2 or args.delta_proj.shape[0] != d:
-        raise ValueError(
-            f"delta_proj_weight must have shape (d, r) = ({d}, r), but has {tuple(args.delta_proj.shape)}"
-        )
+        found = tuple(args.delta_proj.shape)
+        raise ValueError(f"delta_proj_weight must have shape (d, r) = ({d}, r), but has {found}")
     n = args.A.shape[1] * (2 if args.A.is_complex() else 1)
     rows = args.delta_proj.shape[1] + n * ((args.B is None) + (args.C is None))
     if tuple(args.x_proj.shape) != (rows, d):
+        found = tuple(args.x_proj.shape)
         raise ValueError(
-            f"x_proj_weight must have shape (r + n k, d) = {(rows, d)}, but has {tuple(args.x_proj.shape)}"
+            f"x_proj_weight must have shape (r + n k, d) = {(rows, d)}, but has {found}"
         )
     if args.out_proj.dim() != 2 or args.out_proj.shape[1] != d:
-        raise ValueError(
-            f"out_proj_weight must have shape (e, d) = (e, {d}), but has {tuple(args.out_proj.shape)}"
-        )
-    for name in ("D", "delta_bias", "conv_bias", "dt_rms"):
-        value = getattr(args, name)
-        if value is not None and tuple(value.shape) != (d,):
-            raise ValueError(f"{name} must have shape (d,) = ({d},), but has {tuple(value.shape)}")
+        found = tuple(args.out_proj.shape)
+        raise ValueError(f"out_proj_weight must have shape (e, d) = (e, {d}), but has {found}")
+    for names, axis, size in (
+        (("conv1d_bias", "D", "delta_bias", "dt_rms_weight"), "d", d),
+        (("B_proj_bias", "C_proj_bias", "b_rms_weight", "c_rms_weight"), "n", n),
+        (("out_proj_bias",), "e", args.out_proj.shape[0]),
+    ):
+        for name in names:
+            check_shape(name, given[name], (size,), f"({axis},)")
+    for name in ("B", "C"):
+        if given[name] is not None:
+            check_projection_shape(name, given[name], args.A, (b, d, length))
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f"checkpoint_lvl must be 0 or 1, but is {checkpoint_lvl!r}")
-    for name, value in args._asdict().items():
-        if value is not None and value.device != args.xz.device:
-            raise ValueError(f"{name} is on {value.device}, but xz is on {args.xz.device}")
+    for name, value in given.items():
+        check_device(name, value, args.xz.device, "xz")
+        complex_too = name in ("A", "B", "C") and value is not None and value.is_complex()
+        if not complex_too:
+            check_dtype(name, value)
+    dtypes = {name: given[name].dtype for name in _NAMES[3:6]}
+    if len(set(dtypes.values())) > 1 and not torch.is_autocast_enabled(args.xz.device.type):
+        found = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise TypeError(f"the projections must have one dtype outside autocast, but have: {found}")
 
 
 def mamba_inner_fn(
@@ -366,13 +395,15 @@ def mamba_inner_fn(
         D, delta_bias: (d,) fp32. B_proj_bias, C_proj_bias: added to B and C.
         b_rms_weight, c_rms_weight, dt_rms_weight: (n,), (n,), (d,): RMS norms of B, C and the
             projected delta, with ``b_c_dt_rms_eps``.
-        checkpoint_lvl: 1 recomputes the convolution's output and delta in the backward, 0 keeps them.
+        checkpoint_lvl: 1 recomputes the convolution's output and delta in the backward, 0 keeps
+            them.
 
     Returns:
         (b, l, e), in the projections' dtype; under autocast that is the autocast dtype.
 
     Raises:
         ValueError: shapes or devices that do not belong together.
+        TypeError: dtypes that do not.
     """
     tensors = (
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
@@ -402,7 +433,7 @@ def mamba_inner_ref(
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
 ) -> Tensor:
-    """:func:`mamba_inner_fn` in plain differentiable torch, one step after the other: the oracle."""
+    """:func:`mamba_inner_fn` in plain differentiable torch, step after step: the oracle."""
     tensors = (
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
         out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, None, None, None,

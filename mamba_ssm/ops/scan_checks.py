@@ -1,4 +1,4 @@
-"""What ``selective_scan_fn`` accepts: checked before anything is computed, with the remedy named."""
+"""What ``selective_scan_fn`` accepts: checked before any work, with the remedy named."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ def _shape_error(name: str, value: Tensor, expected: str) -> ValueError:
     return ValueError(f"{name} must have shape {expected}, but has {tuple(value.shape)}")
 
 
-def _check_projection(name: str, x: Tensor, A: Tensor, u: Tensor) -> None:
-    b, d, length = u.shape
+def check_projection_shape(name: str, x: Tensor, A: Tensor, u_shape: tuple[int, int, int]) -> None:
+    """Raises ValueError unless x, B or C, is (d, n), (b, n, l) or (b, g, n, l) with g dividing d.
+
+    With complex A the last size is 2 l; a constant x then has to be complex too (TypeError).
+    """
+    b, d, length = u_shape
     n = A.shape[1]
+    last = 2 * length if A.is_complex() else length
     if x.dim() == 2:
         if tuple(x.shape) != (d, n):
             raise _shape_error(f"{name} (constant)", x, f"(d, n) = {(d, n)}")
         if x.is_complex() != A.is_complex():
             raise TypeError(f"a constant {name} must have A's dtype {A.dtype}, but has {x.dtype}")
-        return
-    last = 2 * length if A.is_complex() else length
-    if x.dim() == 3:
+    elif x.dim() == 3:
         if tuple(x.shape) != (b, n, last):
             raise _shape_error(name, x, f"(b, n, l) = {(b, n, last)}")
     elif x.dim() == 4:
@@ -35,10 +38,12 @@ def _check_projection(name: str, x: Tensor, A: Tensor, u: Tensor) -> None:
             )
     else:
         raise _shape_error(name, x, "(d, n), (b, n, l) or (b, g, n, l)")
-    if x.dtype != u.dtype:
-        raise TypeError(
-            f"{name} is {x.dtype}, but u is {u.dtype}; cast it with {name}.to(u.dtype), or call under autocast"
-        )
+
+
+def _check_projection(name: str, x: Tensor, A: Tensor, u: Tensor) -> None:
+    check_projection_shape(name, x, A, tuple(u.shape))
+    if x.dim() > 2 and x.dtype != u.dtype:
+        raise TypeError(f"{name} is {x.dtype}, but u is {u.dtype}; cast it with {name}.to(u.dtype)")
 
 
 def check_scan_arguments(
@@ -92,7 +97,7 @@ def check_scan_arguments(
 def check_initial_state(
     initial_state: Tensor | None, num_states: int, A: Tensor, u: Tensor
 ) -> None:
-    """Raises ValueError or TypeError unless ``initial_state`` is (num_states, d, n), floating (or complex)."""
+    """Raises ValueError or TypeError unless ``initial_state`` is a floating (num_states, d, n)."""
     if initial_state is None:
         return
     expected = (num_states, *A.shape)

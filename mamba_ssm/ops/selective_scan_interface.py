@@ -14,6 +14,7 @@ from .mamba_inner import MambaInnerFn, mamba_inner_fn, mamba_inner_ref
 from .packing import check_sequence_numbers, resolve_packing
 from .reference.scan_oracle import selective_scan_sequential
 from .scan_checks import check_initial_state, check_scan_arguments
+from .scan_groups import same_groups, sum_groups
 
 __all__ = [
     "MambaInnerFn",
@@ -24,29 +25,6 @@ __all__ = [
     "selective_scan_fn",
     "selective_scan_ref",
 ]
-
-
-def _four_dims(x: Tensor) -> Tensor:
-    """B or C (b, n, l) as one group; constants and grouped ones as they are."""
-    return x.unsqueeze(1) if x.dim() == 3 else x
-
-
-def _same_groups(B: Tensor, C: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """B and C may come with different group counts; the finer one serves both."""
-    B, C = _four_dims(B), _four_dims(C)
-    if B.dim() == 4 and C.dim() == 4 and B.shape[1] != C.shape[1]:
-        groups = B.shape[1] * C.shape[1]
-        groups = groups if d % groups == 0 else d
-        B = B.repeat_interleave(groups // B.shape[1], dim=1)
-        C = C.repeat_interleave(groups // C.shape[1], dim=1)
-    return B, C
-
-
-def _sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
-    """Undo ``_same_groups`` on a gradient."""
-    if like.dim() == 4 and gradient.shape != like.shape:
-        gradient = gradient.unflatten(1, (like.shape[1], -1)).sum(dim=2)
-    return gradient.reshape(like.shape)
 
 
 class SelectiveScanFn(torch.autograd.Function):
@@ -81,7 +59,7 @@ class SelectiveScanFn(torch.autograd.Function):
             out, final = _sequential(ctx, *tensors)
             return (out, final) if return_last_state else out
         ctx.chunk_size = chunk_size_for(u.shape[2])
-        B_, C_ = _same_groups(B, C, u.shape[1])
+        B_, C_ = same_groups(B, C)
         op = backend.resolve("_selective_scan_fwd", u.device.type, u.dtype)
         out, final, chunk_states = op(
             u, delta, A, B_, C_, D, z, delta_bias, delta_softplus, initial_state, seq_idx,
@@ -104,7 +82,7 @@ class SelectiveScanFn(torch.autograd.Function):
             return (*grads[:8], None, None, grads[8], None, None)
         if dout is None:
             dout = torch.zeros_like(u)
-        B_, C_ = _same_groups(B, C, u.shape[1])
+        B_, C_ = same_groups(B, C)
         op = backend.resolve("_selective_scan_bwd", u.device.type, u.dtype)
         du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = op(
             dout, dfinal, u, delta, A, B_, C_, D, z, delta_bias, ctx.delta_softplus, initial_state,
@@ -114,8 +92,8 @@ class SelectiveScanFn(torch.autograd.Function):
             du,
             ddelta,
             dA.to(A.dtype),
-            _sum_groups(dB, B).to(B.dtype),
-            _sum_groups(dC, C).to(C.dtype),
+            sum_groups(dB, B).to(B.dtype),
+            sum_groups(dC, C).to(C.dtype),
             None if D is None else dD.to(D.dtype),
             None if z is None else dz,
             None if delta_bias is None else dbias.to(delta_bias.dtype),
