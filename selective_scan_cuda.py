@@ -113,11 +113,17 @@ def bwd(
 
     Arguments as in :func:`fwd`; dout (b, d, l) is the gradient of out_z if z is given, else of out.
     ``x`` and ``out`` are accepted and not needed: states are recomputed. A given ``dz`` is filled.
-    dD and ddelta_bias are None where D and delta_bias are.
+    dD and ddelta_bias are None where D and delta_bias are. Raises as :func:`fwd` does.
     """
     _checked(u, delta, A, B, C, D, z, delta_bias)
-    if dout.shape != u.shape:
-        raise ValueError(f"dout must have u's shape {tuple(u.shape)}, but has {tuple(dout.shape)}")
+    for name, gradient in (("dout", dout), ("dz", dz)):
+        if gradient is not None and gradient.shape != u.shape:
+            found = tuple(gradient.shape)
+            raise ValueError(f"{name} must have u's shape {tuple(u.shape)}, but has {found}")
+        if gradient is not None and gradient.device != u.device:
+            raise ValueError(f"{name} is on {gradient.device}, but u is on {u.device}")
+    if z is None and (dz is not None or recompute_out_z):
+        raise ValueError("dz and recompute_out_z need z, which is None")
     (gated, _, states), arguments = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     op = backend.resolve("_selective_scan_bwd", u.device.type, u.dtype)
     du, ddelta, dA, dB, dC, dD, dz_new, dbias, _ = op(dout, None, *arguments, states)

@@ -114,6 +114,18 @@ def resolve(op: str, device_type: str, dtype: torch.dtype) -> Callable:
     return _REFERENCE[op]
 
 
+def _served(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    """(backend, or "none" where a call raises; why not native), as :func:`resolve` decides."""
+    if _choice == "triton":
+        return "none", f"backend 'triton' was chosen, but it has no kernel for {op}"
+    reason = why_not_native(op, device_type, dtype)
+    if reason:
+        return "none" if _choice == "native" else "reference", reason
+    if _choice == "reference":
+        return "reference", "backend 'reference' was chosen"
+    return "native", ""
+
+
 def report() -> list[dict[str, str]]:
     """For each op, device type and dtype: the backend that serves it and why native does not."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -121,15 +133,14 @@ def report() -> list[dict[str, str]]:
     for op in OPS:
         for device in devices:
             for dtype in (*_FLOATS, torch.float64):
-                reason = why_not_native(op.name, device, dtype)
-                served = "reference" if reason or _choice == "reference" else "native"
+                served, reason = _served(op.name, device, dtype)
                 rows.append(
                     {
                         "op": op.name,
                         "device": device,
                         "dtype": str(dtype).removeprefix("torch."),
                         "backend": served,
-                        "reason": reason or "",
+                        "reason": reason,
                     }
                 )
     return rows
