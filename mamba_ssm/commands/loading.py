@@ -233,7 +233,7 @@ def run_command(prog: str, work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted", file=sys.stderr)
         return 130
-    except (CommandError, CheckpointError, ValueError, TypeError) as error:
+    except (CommandError, CheckpointError, ValueError, TypeError, ImportError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

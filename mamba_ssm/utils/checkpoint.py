@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_ssm.utils.lazy import require
+
 __all__ = [
     "CheckpointError",
     "HubUnreachableError",
@@ -111,8 +113,7 @@ def read_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
                 f"{file} does not exist, but {path.name} names it. The checkpoint is incomplete: "
                 "copy or download the missing file."
             )
-    from tqdm import tqdm
-
+    tqdm = require("tqdm", "reading a checkpoint").tqdm
     total = sum(file.stat().st_size for file in files)
     # None means: shown on a terminal only.
     disable = None if len(files) > 1 or total > _PROGRESS_BYTES else True
@@ -141,13 +142,12 @@ def _read_file(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = require("safetensors", f"reading {path.name}")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 yield key, file.get_tensor(key)
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({error}).{_hint(path)}"
         ) from error

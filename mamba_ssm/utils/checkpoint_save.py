@@ -28,6 +28,7 @@ from mamba_ssm.utils.checkpoint_format import (
     mamba_ssm_to_hf_config,
     mamba_ssm_to_hf_state_dict,
 )
+from mamba_ssm.utils.lazy import require
 
 __all__ = ["save_pretrained_dir"]
 
@@ -145,9 +146,8 @@ def _without_tied(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict
 
 def _write_weights(tensors: dict[str, Tensor], directory: Path, limit: int) -> list[str]:
     """Write the weights files; returns their names, the index last."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+    save_file = require("safetensors.torch", "saving a model").save_file
+    SafetensorError = require("safetensors", "saving a model").SafetensorError
     shards: list[list[str]] = [[]]
     size = 0
     for key, tensor in tensors.items():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mamba_ssm.utils.cuda_graph import DecodingCGCache, capture_graph, update_graph_cache
 from mamba_ssm.utils.decoding import DecodeRequest, run_request
 from mamba_ssm.utils.generation_state import GenerationState, InferenceParams
+from mamba_ssm.utils.lazy import require
 from mamba_ssm.utils.sampling import (
     modify_logit_for_repetition_penalty,
     modify_logits_for_min_p_filtering,
@@ -135,6 +136,7 @@ def decode(
         state,
         return_state,
     )
+    require("transformers", "the output object of decode() and return_dict_in_generate")
     from mamba_ssm.utils.generation_output import MambaGenerateOutput
 
     return MambaGenerateOutput(**run_request(request))

@@ -39,6 +39,7 @@ from mamba_ssm.utils.hub import (
     open_model,
     resolve_model,
 )
+from mamba_ssm.utils.lazy import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -192,10 +193,8 @@ def load_tokenizer(model_name: str | os.PathLike[str]) -> PreTrainedTokenizerBas
         found = [path for path in map(files.find, _TOKENIZER_FILES) if path is not None]
         if found:
             return _tokenizer_from(found[0].parent)
-        from transformers import ByT5Tokenizer
-
         if raw_config.get("tokenizer_class") == "ByT5Tokenizer":
-            return ByT5Tokenizer()
+            return require("transformers", "a tokenizer").ByT5Tokenizer()
         config = to_mamba_ssm_config(raw_config, str(config_path))
         size = config.get("vocab_size", CONFIG_DEFAULTS["vocab_size"])
         if size < _DEFAULT_TOKENIZER_SIZE:
@@ -220,10 +219,11 @@ def load_tokenizer(model_name: str | os.PathLike[str]) -> PreTrainedTokenizerBas
 
 
 def _tokenizer_from(directory: os.PathLike[str]) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
+    transformers = require("transformers", "a tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(os.fspath(directory), local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(
+            os.fspath(directory), local_files_only=True
+        )
     except Exception as error:  # damaged files fail in as many ways as there are tokenizers
         raise CheckpointError(
             f"the tokenizer files in {os.fspath(directory)!r} cannot be loaded "

@@ -13,6 +13,7 @@ from mamba_ssm.utils.checkpoint import (
     HubUnreachableError,
     shard_names,
 )
+from mamba_ssm.utils.lazy import require
 
 __all__ = ["EMBEDDED", "HubFiles", "LocalFiles", "ModelFiles", "open_model", "resolve_model"]
 
@@ -56,8 +57,8 @@ class HubFiles:
         self._cached = False
 
     def find(self, filename: str) -> Path | None:
-        import huggingface_hub
-        from huggingface_hub import errors
+        huggingface_hub = require("huggingface_hub", f"the hub name {self.name!r}")
+        errors = require("huggingface_hub.errors", f"the hub name {self.name!r}")
 
         if self._failure is None:
             try:
@@ -85,8 +86,8 @@ class HubFiles:
         return self._find_in_cache(filename)
 
     def _find_in_cache(self, filename: str) -> Path | None:
-        import huggingface_hub
-        from huggingface_hub import errors
+        huggingface_hub = require("huggingface_hub", f"the hub name {self.name!r}")
+        errors = require("huggingface_hub.errors", f"the hub name {self.name!r}")
 
         try:
             path = huggingface_hub.hf_hub_download(self.name, filename, local_files_only=True)
