@@ -30,6 +30,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and the message."""
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 

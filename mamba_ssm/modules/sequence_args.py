@@ -6,6 +6,7 @@ int32 for the ops: the state restarts where the id changes, and a negative id is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -129,7 +130,7 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def causal_convolution(
     conv1d: nn.Module,
-    op,
+    op: Callable | None,
     x: torch.Tensor,
     width: int,
     *,

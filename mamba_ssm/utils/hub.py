@@ -40,6 +40,7 @@ class LocalFiles:
         self.name = name or str(directory)
 
     def find(self, filename: str) -> Path | None:
+        """The file in the directory, or None."""
         path = self.directory / filename
         return path if path.is_file() else None
 
@@ -57,6 +58,7 @@ class HubFiles:
         self._cached = False
 
     def find(self, filename: str) -> Path | None:
+        """The file in the hub's local cache, downloaded if need be, or None."""
         huggingface_hub = require("huggingface_hub", f"the hub name {self.name!r}")
         errors = require("huggingface_hub.errors", f"the hub name {self.name!r}")
 

@@ -114,6 +114,7 @@ class Packing:
 
     @classmethod
     def make(cls, seq_idx: Tensor, num_states: int, chunks: int, chunk_size: int) -> Packing:
+        """The packing of seq_idx (b, l), with its steps arranged in chunks."""
         b, length = seq_idx.shape
         ids = seq_idx.long()
         valid = ids >= 0
@@ -184,6 +185,7 @@ class ScanInputs:
         self.group = max(1, min(self.chunks, budget // max(1, b * d * A.shape[1])))
 
     def without_padding(self, x: Tensor) -> Tensor:
+        """x (b, d, l) with zeros at padded steps."""
         return x if self.padding is None else x.masked_fill(self.padding, 0.0)
 
     def _projection_without_padding(self, x: Tensor) -> Tensor:
