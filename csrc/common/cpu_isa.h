@@ -11,8 +11,8 @@ constexpr int kIsaCount = 4;
 // The best one that this machine has, or the one that was forced.
 Isa current_isa();
 
-// Forces one by name ("baseline", "avx2", "avx512", "avx512_bf16"; "" or "auto" undoes it). False, and
-// nothing changes, if there is no such name or this machine lacks it.
+// Forces one by name ("baseline", "avx2", "avx512", "avx512_bf16"; "" or "auto" undoes it). False,
+// and nothing changes, if there is no such name or this machine lacks it.
 bool force_isa(const char* name);
 
 const char* isa_name(Isa isa);
@@ -21,17 +21,17 @@ bool isa_available(Isa isa);
 }  // namespace mamba
 
 // Where kernels are compiled per instruction set: MAMBA_FOR_ISA(name, arguments) calls
-// mamba::<isa>::name(arguments) of the current one. kAvx512Bf16 runs the AVX-512 code unless the file
-// is compiled for it as well (see MAMBA_FOR_ISA_BF16).
+// mamba::<isa>::name(arguments) of the current one. kAvx512Bf16 runs the AVX-512 code unless the
+// file is compiled for it as well (see MAMBA_FOR_ISA_BF16).
 #if defined(__x86_64__)
-#define MAMBA_FOR_ISA(name, ...)        \
-  switch (::mamba::current_isa()) {     \
-    case ::mamba::Isa::kAvx512Bf16:     \
-    case ::mamba::Isa::kAvx512:         \
-      return avx512::name(__VA_ARGS__); \
-    case ::mamba::Isa::kAvx2:           \
-      return avx2::name(__VA_ARGS__);   \
-    default:                            \
+#define MAMBA_FOR_ISA(name, ...)          \
+  switch (::mamba::current_isa()) {       \
+    case ::mamba::Isa::kAvx512Bf16:       \
+    case ::mamba::Isa::kAvx512:           \
+      return avx512::name(__VA_ARGS__);   \
+    case ::mamba::Isa::kAvx2:             \
+      return avx2::name(__VA_ARGS__);     \
+    default:                              \
       return baseline::name(__VA_ARGS__); \
   }
 #define MAMBA_DECLARE_ISA(declaration) \
@@ -50,4 +50,27 @@ bool isa_available(Isa isa);
   namespace baseline {                 \
   declaration;                         \
   }
+#endif
+
+// The same for files named *.isa_bf16.cpp, which are compiled for kAvx512Bf16 as well.
+#if defined(__x86_64__)
+#define MAMBA_FOR_ISA_BF16(name, ...)        \
+  switch (::mamba::current_isa()) {          \
+    case ::mamba::Isa::kAvx512Bf16:          \
+      return avx512_bf16::name(__VA_ARGS__); \
+    case ::mamba::Isa::kAvx512:              \
+      return avx512::name(__VA_ARGS__);      \
+    case ::mamba::Isa::kAvx2:                \
+      return avx2::name(__VA_ARGS__);        \
+    default:                                 \
+      return baseline::name(__VA_ARGS__);    \
+  }
+#define MAMBA_DECLARE_ISA_BF16(declaration) \
+  MAMBA_DECLARE_ISA(declaration)            \
+  namespace avx512_bf16 {                   \
+  declaration;                              \
+  }
+#else
+#define MAMBA_FOR_ISA_BF16(name, ...) MAMBA_FOR_ISA(name, __VA_ARGS__)
+#define MAMBA_DECLARE_ISA_BF16(declaration) MAMBA_DECLARE_ISA(declaration)
 #endif

@@ -35,7 +35,8 @@ MAMBA_INLINE Vec load(const float* p) {
   return v;
 }
 MAMBA_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
-MAMBA_INLINE Vec broadcast(float x) { return Vec{} + x; }
+// x - 0 is x itself to the compiler, also for -0; 0 + x would be a real addition.
+MAMBA_INLINE Vec broadcast(float x) { return x - Vec{}; }
 
 template <class To, class From>
 MAMBA_INLINE To bits_as(From v) {
@@ -167,8 +168,8 @@ MAMBA_INLINE Vec exp2(Vec x) {
   // Two factors, so that results down to the smallest subnormal come out right.
   const VecI exponent = bits_as<VecI>(shifted) - 0x4b400000;
   const VecI half = exponent >> 1;
-  const Vec result = p * bits_as<Vec>((half + 127) << 23) *
-                     bits_as<Vec>((exponent - half + 127) << 23);
+  const Vec result =
+      p * bits_as<Vec>((half + 127) << 23) * bits_as<Vec>((exponent - half + 127) << 23);
   return x == x ? result : x;
 #endif
 }
@@ -196,13 +197,26 @@ MAMBA_INLINE Vec exp(Vec x) {
 #else
   const VecI exponent = bits_as<VecI>(shifted) - 0x4b400000;
   const VecI half = exponent >> 1;
-  const Vec result = p * bits_as<Vec>((half + 127) << 23) *
-                     bits_as<Vec>((exponent - half + 127) << 23);
+  const Vec result =
+      p * bits_as<Vec>((half + 127) << 23) * bits_as<Vec>((exponent - half + 127) << 23);
   return x == x ? result : x;
 #endif
 }
 
-MAMBA_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+// 1 / x for positive x below 3e38, within 1 unit in the last place.
+MAMBA_INLINE Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  const Vec r = (Vec)_mm512_rcp14_ps((__m512)x);
+  return r + r * (1.0f - x * r);  // one Newton step takes 14 bits to 28
+#else
+  return 1.0f / x;
+#endif
+}
+
+MAMBA_INLINE Vec sigmoid(Vec x) {
+  const Vec d = 1.0f + exp(-x);
+  return reciprocal(d > 3e38f ? broadcast(3e38f) : d);  // comparing so keeps a NaN
+}
 MAMBA_INLINE Vec silu(Vec x) { return x * sigmoid(x); }
 
 // log(1 + e^x) = max(x, 0) + log(1 + u), u = e^-|x|; log(1 + u) = 2 atanh(u / (2 + u)) by its
@@ -210,7 +224,7 @@ MAMBA_INLINE Vec silu(Vec x) { return x * sigmoid(x); }
 // where torch's softplus is the identity.
 MAMBA_INLINE Vec softplus(Vec x) {
   const Vec u = exp(x < 0.0f ? x : -x);
-  const Vec t = u / (2.0f + u);
+  const Vec t = u * reciprocal(2.0f + u);
   const Vec t2 = t * t;
   Vec p = broadcast(2.0f / 15.0f);
   p = p * t2 + 2.0f / 13.0f;

@@ -23,7 +23,21 @@ BACKENDS = ("auto", "native", "triton", "reference")
 ENVIRONMENT_VARIABLE = "MAMBA_SSM_BACKEND"
 
 # What the shipped sources compile, by device: where such a kernel is absent, installing it helps.
-SHIPPED_KERNELS = {"cpu": frozenset({"_state_update"}), "cuda": frozenset({"_state_update"})}
+SHIPPED_KERNELS = {
+    "cpu": frozenset(
+        {
+            "_selective_scan_fwd",
+            "_selective_scan_bwd",
+            "_causal_conv1d_fwd",
+            "_causal_conv1d_bwd",
+            "_causal_conv1d_update",
+            "_add_norm_fwd",
+            "_add_norm_bwd",
+            "_state_update",
+        }
+    ),
+    "cuda": frozenset({"_state_update"}),
+}
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _DEFAULT = {op.name: getattr(getattr(torch.ops, NAMESPACE), op.name).default for op in OPS}

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from .dtypes import accumulate_dtype
+from .layout import empty_like_layout
 from .reference import causal_conv1d as _ref_conv
+from .reference import decode as _ref_decode
 from .reference import norm as _ref_norm
 from .reference import selective_scan as _ref_scan
 from .reference import state_update as _ref_update
@@ -72,7 +74,7 @@ def _scan_fwd_fake(
     acc = accumulate_dtype(u, delta, A, initial_state)
     chunks = (length + chunk_size - 1) // chunk_size
     return (
-        u.new_empty(u.shape),
+        empty_like_layout(u),
         u.new_empty((num_states, d, A.shape[1]), dtype=acc),
         u.new_empty((b, chunks, d, A.shape[1]), dtype=acc),
     )
@@ -84,26 +86,26 @@ def _scan_bwd_fake(
 ):  # fmt: skip
     acc = accumulate_dtype(u, delta, A, initial_state)
     return (
-        u.new_empty(u.shape),
-        delta.new_empty(delta.shape),
+        empty_like_layout(u),
+        empty_like_layout(delta),
         A.new_empty(A.shape, dtype=acc),
         B.new_empty(B.shape),
         C.new_empty(C.shape),
         _optional_like(D, u, acc),
-        _optional_like(z, u),
+        _absent(u) if z is None else empty_like_layout(z),
         _optional_like(delta_bias, u, acc),
         _optional_like(initial_state, u, acc),
     )
 
 
 def _conv_fwd_fake(x, weight, bias, initial_states, seq_idx, num_states, silu):
-    return x.new_empty(x.shape), x.new_empty((num_states, x.shape[1], weight.shape[1] - 1))
+    return empty_like_layout(x), x.new_empty((num_states, x.shape[1], weight.shape[1] - 1))
 
 
 def _conv_bwd_fake(dout, dfinal_states, x, weight, bias, initial_states, seq_idx, num_states, silu):
     acc = accumulate_dtype(x, weight)
     return (
-        x.new_empty(x.shape),
+        empty_like_layout(x),
         weight.new_empty(weight.shape, dtype=acc),
         _optional_like(bias, x, acc),
         _optional_like(initial_states, x),
@@ -135,6 +137,11 @@ def _norm_bwd_fake(dy, dresidual_out, x, residual, weight, bias, mean, rstd, is_
         weight.new_empty(weight.shape, dtype=acc),
         _optional_like(bias, dy, acc),
     )
+
+
+def _decode_step_fake(ids, embedding, pack, layout, conv_states, ssm_states):
+    # The vocabulary stands in the layout; a model's logits have as many columns as its embedding.
+    return embedding.new_empty((ids.shape[0], embedding.shape[0]))
 
 
 OPS: tuple[Op, ...] = (
@@ -212,6 +219,15 @@ OPS: tuple[Op, ...] = (
         "given whole as x",
         _ref_norm.add_norm_bwd,
         _norm_bwd_fake,
+    ),
+    Op(
+        "_decode_step",
+        "(Tensor ids, Tensor embedding, Tensor pack, Tensor layout, Tensor(a!)[] conv_states, "
+        "Tensor(b!)[] ssm_states) -> Tensor",
+        "one token of a whole language model (ops/decode_layout.py): ids (b,) -> logits (b, vocab) in "
+        "the embedding's dtype; each layer's states (b,d,w) and (b,d,n) are moved on in place",
+        _ref_decode.decode_step,
+        _decode_step_fake,
     ),
 )
 

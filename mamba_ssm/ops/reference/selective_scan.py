@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dtypes import accumulate_dtype
+from ..layout import in_layout_of
 from .scan_layout import (
     ScanInputs,
     chunked,
@@ -130,7 +131,7 @@ def selective_scan_fwd(
         carry = h[-1]
     final = carry if x.packing is None else sweep.final
     return (
-        _gated(_with_skip(x, y, D), z, x).to(u.dtype).contiguous(),
+        in_layout_of(_gated(_with_skip(x, y, D), z, x).to(u.dtype), u),
         public_state(final).contiguous(),
         public_state(chunk_states).transpose(0, 1).contiguous(),
     )
@@ -281,13 +282,13 @@ def selective_scan_bwd(
         gate = z.to(dtype)
         s = torch.sigmoid(gate)
         dz = dout * _with_skip(x, back.y, D) * s * (1 + gate * (1 - s))
-        dz = x.without_padding(dz).to(z.dtype).contiguous()
+        dz = in_layout_of(x.without_padding(dz).to(z.dtype), z)
     dinitial = u.new_empty((0,))
     if initial_state is not None:
         dinitial = public_state(carry if x.packing is None else back.dinitial).contiguous()
     return (
-        du.to(u.dtype).contiguous(),
-        ddelta.to(delta.dtype).contiguous(),
+        in_layout_of(du.to(u.dtype), u),
+        in_layout_of(ddelta.to(delta.dtype), delta),
         public_state(back.dA.sum(dim=(0, 1))).contiguous(),
         x.B.gradient(x.length, B),
         x.C.gradient(x.length, C),

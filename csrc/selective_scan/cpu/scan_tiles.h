@@ -1,0 +1,165 @@
+// What the forward and the backward of the CPU scan share: one unit's inputs, tile by tile.
+#pragma once
+
+#include <memory>
+#include <new>
+
+#include "../../common/simd_tiles.h"
+#include "scan.h"
+
+namespace mamba {
+namespace MAMBA_ISA {
+
+constexpr int kTile = 32;  // steps that are staged at once
+constexpr int kMaxBlocks = static_cast<int>(kSliceChannels) / kLanes;
+
+// Zeroed memory aligned for whole vectors.
+class Buffer {
+ public:
+  explicit Buffer(int64_t floats)
+      : data_(static_cast<float*>(
+            ::operator new[](sizeof(float) * (floats + kLanes), std::align_val_t(64)))) {
+    std::memset(data_.get(), 0, sizeof(float) * (floats + kLanes));
+  }
+  float* get() { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<float[], Free> data_;
+};
+
+// B or C of one unit. Variable: value(t) is n numbers for step t of the tile, shared by all
+// channels. Constant: value is n vectors of kLanes for each block of channels.
+class ProjectionTile {
+ public:
+  ProjectionTile(const ScanParams& p, const ScanUnit& unit, const TensorArg& x, bool constant,
+                 int64_t steps)
+      : x_(x),
+        n_(p.state_dim),
+        constant_(constant),
+        values_(constant ? kMaxBlocks * n_ * kLanes : steps * n_) {
+    if (!constant) {
+      offset_ = unit.row * x.stride[0] + unit.group * x.stride[1];
+      return;
+    }
+    for (int64_t c = 0; c < unit.channels; ++c) {
+      for (int64_t s = 0; s < n_; ++s) {
+        values_.get()[((c / kLanes) * n_ + s) * kLanes + c % kLanes] =
+            load_float(x.data, x.dtype, (unit.channel + c) * x.stride[0] + s * x.stride[1]);
+      }
+    }
+  }
+
+  // Stages steps [t0, t0 + steps); at padding the values are 0.
+  void stage(int64_t t0, int64_t steps, const int32_t* before) {
+    if (constant_) return;
+    for (int64_t t = 0; t < steps; ++t) {
+      float* row = values_.get() + t * n_;
+      if (before && before[t0 + t] == ScanEvents::kPadding) {
+        std::memset(row, 0, sizeof(float) * n_);
+        continue;
+      }
+      const int64_t at = offset_ + (t0 + t) * x_.stride[3];
+      const float* values = row_as_float(x_, at, x_.stride[2], n_, row);
+      if (values != row) std::memcpy(row, values, sizeof(float) * n_);
+    }
+  }
+
+  const float* at(int64_t t) { return values_.get() + t * n_; }
+  const float* block(int b) { return values_.get() + b * n_ * kLanes; }
+
+ private:
+  const TensorArg& x_;
+  int64_t n_, offset_ = 0;
+  bool constant_;
+  Buffer values_;
+};
+
+// One value of B or C, for all lanes: a number of the step, or a vector of the block.
+template <bool kConstant>
+MAMBA_INLINE Vec projection(const float* p, int s) {
+  if constexpr (kConstant) {
+    return load(p + s * kLanes);
+  } else {
+    return broadcast(p[s]);
+  }
+}
+
+// A as n vectors for each block of a unit, times `factor`.
+inline void stage_A(const ScanParams& p, const ScanUnit& unit, float factor, float* A) {
+  for (int64_t c = 0; c < unit.channels; ++c) {
+    for (int64_t s = 0; s < p.state_dim; ++s) {
+      A[((c / kLanes) * p.state_dim + s) * kLanes + c % kLanes] =
+          factor *
+          load_float(p.A.data, p.A.dtype, (unit.channel + c) * p.A.stride[0] + s * p.A.stride[1]);
+    }
+  }
+}
+
+// kLanes channels of a (d,) vector, 0 without one.
+inline Vec stage_row(const TensorArg& x, int64_t channel, int count) {
+  float lanes[kLanes] = {};
+  if (x.data) {
+    for (int c = 0; c < count; ++c)
+      lanes[c] = load_float(x.data, x.dtype, (channel + c) * x.stride[0]);
+  }
+  return load(lanes);
+}
+
+// A block's states, n vectors, from and to a contiguous (d, n) matrix at the block's first channel.
+inline void read_states(const float* from, int64_t n, int count, float* to) {
+  for (int c = 0; c < count; ++c) {
+    for (int64_t s = 0; s < n; ++s) to[s * kLanes + c] = from[c * n + s];
+  }
+}
+inline void write_states(const float* from, int64_t n, int count, float* to) {
+  for (int c = 0; c < count; ++c) {
+    for (int64_t s = 0; s < n; ++s) to[c * n + s] = from[s * kLanes + c];
+  }
+}
+inline void add_states(const float* from, int64_t n, int count, float* to) {
+  for (int c = 0; c < count; ++c) {
+    for (int64_t s = 0; s < n; ++s) to[c * n + s] += from[s * kLanes + c];
+  }
+}
+
+// raw <- delta + bias; delta <- softplus of it if asked; 0 at padding.
+inline void finish_delta(const ScanParams& p, Vec bias, const int32_t* before, int64_t steps,
+                         float* raw, float* delta) {
+  for (int64_t t = 0; t < steps; ++t) {
+    const Vec x = load(raw + t * kLanes) + bias;
+    const bool padding = before && before[t] == ScanEvents::kPadding;
+    store(raw + t * kLanes, padding ? Vec{} : x);
+    const Vec value = p.delta_softplus ? softplus(x) : x;
+    store(delta + t * kLanes, padding ? Vec{} : value);
+  }
+}
+
+// Zeros the padded steps of a tile.
+inline void clear_padding(const int32_t* before, int64_t steps, float* tile) {
+  if (!before) return;
+  for (int64_t t = 0; t < steps; ++t) {
+    if (before[t] == ScanEvents::kPadding) store(tile + t * kLanes, Vec{});
+  }
+}
+
+// The end of the stretch of steps that starts at t and holds no event inside.
+inline int64_t stretch_end(const int32_t* before, const int32_t* after, int64_t t, int64_t end) {
+  if (!before) return end;
+  for (; t < end; ++t) {
+    if (after[t] >= 0) return t + 1;
+    if (t + 1 < end && (before[t + 1] >= 0 || before[t + 1] == ScanEvents::kFreshStart)) {
+      return t + 1;
+    }
+  }
+  return end;
+}
+
+inline bool restarts(const int32_t* before, int64_t t) {
+  return before && (before[t] >= 0 || before[t] == ScanEvents::kFreshStart);
+}
+
+}  // namespace MAMBA_ISA
+}  // namespace mamba
