@@ -110,6 +110,21 @@ def test_progress_is_shown_on_a_terminal_only(tmp_path, monkeypatch, capsys):
         assert ("Loading weights: 100%" in capsys.readouterr().err) == shown
 
 
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)], ids=oct)
+@pytest.mark.parametrize("shard", ["5GB", 20_000])
+def test_files_have_the_mode_that_the_umask_allows(tmp_path, shard, mask, mode):
+    _, state, config, _ = model_parts()
+    previous = os.umask(mask)
+    try:
+        save_pretrained_dir(state, config, tmp_path, max_shard_size=shard)
+        save_pretrained_dir(state, config, tmp_path, max_shard_size=shard)
+    finally:
+        os.umask(previous)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()}
+    assert len(modes) == 2 if shard == "5GB" else len(modes) > 3
+    assert set(modes.values()) == {oct(mode)}, modes
+
+
 def test_tied_weights_are_written_once_and_untied_ones_twice(tmp_path):
     for tied in (True, False):
         _, state, config, _ = model_parts(tie_word_embeddings=tied)

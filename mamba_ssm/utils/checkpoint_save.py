@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -166,10 +167,15 @@ def _write_weights(tensors: dict[str, Tensor], directory: Path, limit: int) -> l
         storages = [tensor.untyped_storage().data_ptr() for tensor in shard.values()]
         if len(set(storages)) < len(storages):
             shard = {key: tensor.clone() for key, tensor in shard.items()}
+        path = directory / name
+        path.touch()
+        # safetensors makes files that only their owner can read; an ordinary one has this mode.
+        mode = stat.S_IMODE(path.stat().st_mode)
         try:
-            save_file(shard, directory / name, metadata={"format": "pt"})
+            save_file(shard, path, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, for one
             raise OSError(str(error)) from error
+        path.chmod(mode)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
