@@ -140,6 +140,11 @@ def _served(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     return "native", ""
 
 
+def is_native(op: Callable) -> bool:
+    """Whether :func:`resolve` gave the compiled kernel."""
+    return any(op is native_op for native_op in _DEFAULT.values())
+
+
 def report() -> list[dict[str, str]]:
     """For each op, device type and dtype: the backend that serves it and why native does not."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

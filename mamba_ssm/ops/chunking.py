@@ -1,8 +1,23 @@
 """How many steps lie between the states that a scan keeps for its backward."""
 
+from __future__ import annotations
 
-def chunk_size_for(length: int) -> int:
-    """About the root of the length, which balances the work of the scan's two levels."""
+from collections.abc import Callable
+
+from .backend import is_native
+
+# Steps whose inputs and states fit a core's cache: what the compiled kernels stage at once.
+_NATIVE_CHUNK = 32
+
+
+def chunk_size_for(length: int, op: Callable, keep: bool = True) -> int:
+    """The chunk size for a scan of ``length`` steps by the op that ``backend.resolve`` gave.
+
+    The reference works best with about the root of the length, which balances its two levels. The
+    compiled kernels keep states only for the backward: with ``keep=False`` none but the first.
+    """
+    if is_native(op):
+        return _NATIVE_CHUNK if keep else max(1, length)
     size = 16
     while size * size < length:
         size *= 2

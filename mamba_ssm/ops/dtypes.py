@@ -11,3 +11,10 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     if any(t is not None and t.dtype == torch.float64 for t in tensors):
         return torch.float64
     return torch.float32
+
+
+def no_wider_than(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """x, in ``dtype`` if it is fp64 and that is not: a parameter does not widen the computation."""
+    if x is None or x.dtype != torch.float64 or dtype == torch.float64:
+        return x
+    return x.to(dtype)

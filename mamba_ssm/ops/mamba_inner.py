@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from ._autograd import differentiable_backward, wants_double_backward
+from ._autograd import differentiable_backward, needs_grad, wants_double_backward
 from ._checks import check_device, check_dtype, check_shape
 from .causal_conv1d import causal_conv1d_ref
 from .chunking import chunk_size_for
-from .dtypes import accumulate_dtype
+from .dtypes import accumulate_dtype, no_wider_than
 from .reference.scan_oracle import selective_scan_sequential
 from .scan_checks import check_projection_shape
 from .scan_groups import same_groups, sum_groups
@@ -157,6 +157,7 @@ class MambaInnerFn(torch.autograd.Function):
         c_rms_weight=None,
         dt_rms_weight=None,
         b_c_dt_rms_eps=1e-6,
+        keep_states=True,
     ):
         tensors = (
             xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
@@ -175,7 +176,9 @@ class MambaInnerFn(torch.autograd.Function):
             conv_out = _conv(args)
             x_dbl = F.linear(conv_out.transpose(1, 2).to(args.x_proj.dtype), args.x_proj)
             p = _project(args, x_dbl, None, ctx.eps)
-            y, states = _scan(ctx, args, conv_out, p)
+            op = backend.resolve("_selective_scan_fwd", device, p.delta.dtype)
+            ctx.chunk_size = chunk_size_for(xz.shape[2], op, keep_states)
+            y, _, states = op(*_scan_arguments(ctx, args, conv_out, p))
             out = _out_projection(y, args)
         kept = (conv_out, p.raw[0]) if checkpoint_lvl == 0 else (None, None)
         ctx.save_for_backward(*tensors, y, states, x_dbl, *kept)
@@ -196,7 +199,7 @@ class MambaInnerFn(torch.autograd.Function):
                     None if t is None else g.to(t.dtype).reshape(t.shape)
                     for g, t in zip(grads, tensors, strict=True)
                 ]
-        return (*grads[:14], None, None, *grads[14:], None)
+        return (*grads[:14], None, None, *grads[14:], None, None)
 
 
 def _flat_conv(args: _Args) -> _Args:
@@ -207,19 +210,13 @@ def _flat_conv(args: _Args) -> _Args:
 def _scan_arguments(ctx, args: _Args, conv_out: Tensor, p: _Projected) -> tuple:
     """What forward and backward of the scan share; u and z in delta's dtype, the projections'."""
     dtype = p.delta.dtype
+    acc = accumulate_dtype(p.delta)
+    D, delta_bias = no_wider_than(args.D, acc), no_wider_than(args.delta_bias, acc)
     z = args.xz.chunk(2, dim=1)[1].to(dtype)
-    batch, _, length = conv_out.shape
     return (
-        conv_out.to(dtype), p.delta, args.A, *same_groups(p.B, p.C), args.D, z, args.delta_bias,
-        ctx.delta_softplus,
-        None, None, batch, chunk_size_for(length),
+        conv_out.to(dtype), p.delta, args.A.to(acc), *same_groups(p.B, p.C), D, z, delta_bias,
+        ctx.delta_softplus, None, None, conv_out.shape[0], ctx.chunk_size,
     )  # fmt: skip
-
-
-def _scan(ctx, args: _Args, conv_out: Tensor, p: _Projected) -> tuple[Tensor, Tensor]:
-    op = backend.resolve("_selective_scan_fwd", conv_out.device.type, p.delta.dtype)
-    y, _, states = op(*_scan_arguments(ctx, args, conv_out, p))
-    return y, states
 
 
 def _backward(ctx, args: _Args, dout, y, states, x_dbl, conv_out, p: _Projected) -> tuple:
@@ -412,7 +409,12 @@ def mamba_inner_fn(
     )  # fmt: skip
     _check_inner(_Args(*tensors), checkpoint_lvl)
     return MambaInnerFn.apply(
-        *tensors[:14], delta_softplus, checkpoint_lvl, *tensors[14:], b_c_dt_rms_eps
+        *tensors[:14],
+        delta_softplus,
+        checkpoint_lvl,
+        *tensors[14:],
+        b_c_dt_rms_eps,
+        needs_grad(*tensors),
     )
 
 

@@ -1,4 +1,4 @@
-"""The selective scan (arXiv 2312.00752, algorithm 2): public functions and the autograd around them."""
+"""The selective scan (arXiv 2312.00752, algorithm 2): public functions, and their autograd."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from . import backend
-from ._autograd import differentiable_backward, wants_double_backward
+from ._autograd import differentiable_backward, needs_grad, wants_double_backward
 from .chunking import chunk_size_for
-from .dtypes import accumulate_dtype
+from .dtypes import accumulate_dtype, no_wider_than
 from .layer_norm import rms_norm_forward
 from .mamba_inner import MambaInnerFn, mamba_inner_fn, mamba_inner_ref
 from .packing import check_sequence_numbers, resolve_packing
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class SelectiveScanFn(torch.autograd.Function):
-    """Autograd over the internal scan ops. ``apply`` takes selective_scan_fn's positional arguments."""
+    """Autograd over the scan ops. ``apply`` takes selective_scan_fn's positional arguments."""
 
     @staticmethod
     def forward(
@@ -46,6 +46,7 @@ class SelectiveScanFn(torch.autograd.Function):
         initial_state=None,
         seq_idx=None,
         num_states=None,
+        keep_states=True,
     ):
         ctx.set_materialize_grads(False)
         if seq_idx is None:
@@ -58,9 +59,9 @@ class SelectiveScanFn(torch.autograd.Function):
             ctx.save_for_backward(*tensors, None)
             out, final = _sequential(ctx, *tensors)
             return (out, final) if return_last_state else out
-        ctx.chunk_size = chunk_size_for(u.shape[2])
         B_, C_ = same_groups(B, C)
         op = backend.resolve("_selective_scan_fwd", u.device.type, u.dtype)
+        ctx.chunk_size = chunk_size_for(u.shape[2], op, keep_states)
         out, final, chunk_states = op(
             u, delta, A, B_, C_, D, z, delta_bias, delta_softplus, initial_state, seq_idx,
             num_states, ctx.chunk_size,
@@ -72,14 +73,14 @@ class SelectiveScanFn(torch.autograd.Function):
     def backward(ctx, dout, dfinal=None):
         *tensors, chunk_states = ctx.saved_tensors
         u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx = tensors
-        nothing = (None,) * 13
+        nothing = (None,) * 14
         if dout is None and dfinal is None:
             return nothing
         if A.is_complex() or wants_double_backward():
             grads = differentiable_backward(
                 lambda *t: _sequential(ctx, *t, seq_idx), tuple(tensors[:9]), (dout, dfinal)
             )
-            return (*grads[:8], None, None, grads[8], None, None)
+            return (*grads[:8], None, None, grads[8], None, None, None)
         if dout is None:
             dout = torch.zeros_like(u)
         B_, C_ = same_groups(B, C)
@@ -100,6 +101,7 @@ class SelectiveScanFn(torch.autograd.Function):
             None,
             None,
             None if initial_state is None else dinitial.to(initial_state.dtype),
+            None,
             None,
             None,
         )
@@ -145,7 +147,8 @@ def selective_scan_fn(
 
     Args:
         u, delta, z: (b, d, l), one dtype of fp32, fp16, bf16 (fp64 on the reference). Any strides.
-        A: (d, n) fp32 or complex64, n from 1 to 256.
+        A: (d, n) fp32 or complex64, n from 1 to 256. Real parameters are used in fp32 (fp64 with
+            fp64 activations).
         B, C: constant (d, n), or variable (b, n, l) or (b, g, n, l) in u's dtype, g dividing d.
             With complex A the last dimension of a variable one is 2 l, real and imaginary
             parts interleaved, and y is 2 Re(C h).
@@ -178,14 +181,15 @@ def selective_scan_fn(
         else:
             check_sequence_numbers(seq_idx, num_states)
     check_initial_state(initial_state, num_states, A, u)
-    real = accumulate_dtype(u, A)
-    if A.dtype != real and not A.is_complex():
-        A = A.to(real)
-    if initial_state is not None and initial_state.dtype in (torch.float16, torch.bfloat16):
-        initial_state = initial_state.to(real)
+    acc = accumulate_dtype(u)
+    if not A.is_complex():
+        A = A.to(acc)
+        D, delta_bias = no_wider_than(D, acc), no_wider_than(delta_bias, acc)
+        initial_state = None if initial_state is None else initial_state.to(acc)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     return SelectiveScanFn.apply(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, initial_state,
-        seq_idx, num_states,
+        *tensors[:8], delta_softplus, return_last_state, initial_state, seq_idx, num_states,
+        needs_grad(*tensors),
     )  # fmt: skip
 
 

@@ -320,15 +320,17 @@ class Walk {
   // From the gradients of delta u and of the decays to those of the inputs.
   void finish(int b, const Block& block, const int32_t* before, int64_t t0, int64_t steps) {
     const Vec D = stage_row(p_.D, block.channel, block.count);
-    Vec dD = Vec{}, dbias = Vec{};  // of this chunk: sums in two levels round less
+    // Of this chunk only, and in four parts: short sums round less.
+    Vec dD[4] = {}, dbias[4] = {};
     for (int64_t at = (steps - 1) * kLanes; at >= 0; at -= kLanes) {
       const Vec u = load(tile(kU) + at), dy = load(tile(kDy) + at);
       const Vec d_delta_u = load(tile(kDDeltaU) + at), raw = load(tile(kRaw) + at);
       Vec ddelta = load(tile(kDDelta) + at) + d_delta_u * u;
       if (p_.delta_softplus) ddelta = raw > 20.0f ? ddelta : ddelta * sigmoid(raw);
       if (before && before[at / kLanes] == ScanEvents::kPadding) ddelta = Vec{};
-      dD += dy * u;
-      dbias += ddelta;
+      const int part = static_cast<int>(at / kLanes % 4);
+      dD[part] += dy * u;
+      dbias[part] += ddelta;
       if (p_.z.data) {
         const Vec z = load(tile(kZ) + at), s = sigmoid(z);
         const Vec y = load(tile(kY) + at) + D * u;
@@ -337,8 +339,8 @@ class Walk {
       store(tile(kDDeltaU) + at, d_delta_u * load(tile(kDelta) + at) + D * dy);
       store(tile(kDDelta) + at, ddelta);
     }
-    store(dD_ + b * kLanes, load(dD_ + b * kLanes) + dD);
-    store(dbias_ + b * kLanes, load(dbias_ + b * kLanes) + dbias);
+    add<false>((dD[0] + dD[1]) + (dD[2] + dD[3]), dD_ + b * kLanes, nullptr);
+    add<false>((dbias[0] + dbias[1]) + (dbias[2] + dbias[3]), dbias_ + b * kLanes, nullptr);
     write(g_.du, block, t0, steps, tile(kDDeltaU));
     write(g_.ddelta, block, t0, steps, tile(kDDelta));
     if (p_.z.data) write(g_.dz, block, t0, steps, tile(kZ));
