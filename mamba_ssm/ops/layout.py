@@ -1,9 +1,9 @@
 """The memory layout rule of the sequence ops: results are laid out as the input is.
 
-A (b, d, l) tensor is *channel-last* when it is a view of (b, l, d) memory, as the linear maps around
-the convolution and the scan produce it. Results for such an input are channel-last too, so that no
-op of the block has to transpose; all other results are contiguous. csrc/bindings_layout.h applies the
-same rule.
+A (b, d, l) tensor is *channel-last* when it is a view of (b, l, d) memory, as the linear maps
+around the convolution and the scan produce it. Results for such an input are channel-last too, so
+that no op of the block has to transpose; all other results are contiguous. csrc/bindings_layout.h
+applies the same rule.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ def _values_are_readable(x: Tensor) -> bool:
 def seq_idx_from_cu_seqlens(cu_seqlens: Tensor, total_length: int) -> Tensor:
     """(1, total_length) int32 from the sequences' bounds ``cu_seqlens`` (num_sequences + 1,).
 
-    Steps past the last bound are padding. Raises ValueError where the bounds do not start at 0, fall,
-    or pass the end (checked on CPU tensors only: there is no device synchronisation).
+    Steps past the last bound are padding. Raises ValueError where the bounds do not start at 0,
+    fall, or pass the end (checked on CPU tensors only: there is no device synchronisation).
     """
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype.is_floating_point:
         raise ValueError(
@@ -30,9 +30,10 @@ def seq_idx_from_cu_seqlens(cu_seqlens: Tensor, total_length: int) -> Tensor:
     if _values_are_readable(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] > total_length or bounds != sorted(bounds):
+            shown = bounds if len(bounds) <= 16 else [*bounds[:16], "..."]
             raise ValueError(
-                f"cu_seqlens must start at 0, never fall and end at most at the length {total_length}, "
-                f"but is {bounds if len(bounds) <= 16 else str(bounds[:16])[:-1] + ', ...]'}"
+                "cu_seqlens must start at 0, never fall and end at most at the length "
+                f"{total_length}, but is {shown}"
             )
     steps = torch.arange(total_length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     index = torch.searchsorted(cu_seqlens, steps, right=True).to(torch.int32) - 1
