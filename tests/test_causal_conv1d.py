@@ -203,14 +203,20 @@ def test_gradient_of_the_final_states_alone():
     assert torch.equal(x.grad, torch.tensor([0.0, 0, 1, 1, 1]).expand(1, 2, 5))
 
 
-def test_results_are_contiguous_and_never_alias():
+def test_results_are_laid_out_as_x_and_never_alias(backend):
     x = torch.randn(1, 9, 4).transpose(1, 2)
     weight = torch.zeros(4, 4)
     weight[:, -1] = 1.0
     out, final = causal_conv1d_fn(x, weight, return_final_states=True)
     assert torch.equal(out, x) and torch.equal(final, x[..., -3:])
     storages = {t.untyped_storage().data_ptr() for t in (x, out, final)}
-    assert len(storages) == 3 and out.is_contiguous() and final.is_contiguous()
+    assert len(storages) == 3 and out.stride() == x.stride() and final.is_contiguous()
+    assert causal_conv1d_fn(x.contiguous(), weight).is_contiguous()
+    assert causal_conv1d_fn(x[:, :1].expand(1, 4, 9), weight).is_contiguous()
+    x.requires_grad_()
+    out, final = causal_conv1d_fn(x, weight, return_final_states=True)
+    (dx,) = torch.autograd.grad(out.sum() + final.sum(), x)
+    assert dx.stride() == x.stride()
 
 
 def test_final_states_out_is_filled_and_activation_may_sit_in_fourth_place():

@@ -3,7 +3,8 @@
     out_t = act(bias + sum_j weight[w-1-j] x_{t-j}),        j = 0 .. w-1
 
 where inputs before the first come from the initial state (the last w-1 inputs of what went before).
-Sums are fp32 (fp64 for fp64 inputs). No result aliases an input, and no shape depends on data.
+Sums are fp32 (fp64 for fp64 inputs). No result aliases an input, and no shape depends on data. The
+results of x's shape are laid out as x is (``ops/layout.py``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dtypes import accumulate_dtype
+from ..layout import in_layout_of
 from .conv_packing import PackedConv
 from .state_rows import StateRows
 
@@ -62,11 +64,12 @@ def causal_conv1d_fwd(
     if seq_idx is not None:
         packed = PackedConv(x, weight, initial, seq_idx, num_states)
         out, final = packed.forward(bias, silu)
-        return out.to(x.dtype).contiguous(), final.to(x.dtype).contiguous()
-    out = _pre_activation(x.contiguous().to(dtype), weight, bias, initial)
+        return in_layout_of(out.to(x.dtype), x), final.to(x.dtype).contiguous()
+    out = _pre_activation(in_layout_of(x, x).to(dtype), weight, bias, initial)
     if silu:
         F.silu(out, inplace=True)
-    return out.to(x.dtype).contiguous(), _final_states(x, initial_states, weight.shape[1] - 1)
+    final = _final_states(x, initial_states, weight.shape[1] - 1)
+    return in_layout_of(out.to(x.dtype), x), final
 
 
 def causal_conv1d_bwd(
@@ -86,12 +89,12 @@ def causal_conv1d_bwd(
     bias = None if bias is None else bias.to(dtype)
     initial = None if initial_states is None else initial_states.to(dtype)
     dfinal = None if dfinal_states is None else dfinal_states.to(dtype)
-    dout = dout.contiguous().to(dtype)
+    dout = in_layout_of(dout, x).to(dtype)
     if seq_idx is not None:
         packed = PackedConv(x, weight, initial, seq_idx, num_states)
         dx, dweight, dbias, dinitial = packed.backward(dout, dfinal, bias, silu)
     else:
-        x_acc = x.contiguous().to(dtype)
+        x_acc = in_layout_of(x, x).to(dtype)
         dpre = dout
         if silu:
             pre = _pre_activation(x_acc, weight, bias, initial)
@@ -99,7 +102,7 @@ def causal_conv1d_bwd(
         dx, dweight, dinitial = _gradients(dpre, dfinal, x_acc, weight, initial)
         dbias = dpre.sum(dim=(0, 2))
     return (
-        dx.to(x.dtype).contiguous(),
+        in_layout_of(dx.to(x.dtype), x),
         dweight.contiguous(),
         x.new_empty((0,)) if bias is None else dbias.contiguous(),
         x.new_empty((0,)) if initial_states is None else dinitial.to(x.dtype).contiguous(),
