@@ -22,7 +22,7 @@ from ._checks import (
     check_writable,
     is_silu,
 )
-from .dtypes import accumulate_dtype
+from .dtypes import accumulate_dtype, kernel_dtype
 from .packing import check_sequence_numbers, resolve_packing
 from .reference.causal_conv1d import causal_conv1d_step
 from .reference.state_rows import StateRows
@@ -40,7 +40,8 @@ class _CausalConv1dFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, initial_states, seq_idx, num_states, silu):
         ctx.set_materialize_grads(False)
-        op = backend.resolve("_causal_conv1d_fwd", x.device.type, x.dtype)
+        dtype = kernel_dtype(x, weight, bias, initial_states)
+        op = backend.resolve("_causal_conv1d_fwd", x.device.type, dtype)
         ctx.save_for_backward(x, weight, bias, initial_states, seq_idx)
         ctx.num_states, ctx.silu = num_states, silu
         return op(x, weight, bias, initial_states, seq_idx, num_states, silu)
@@ -57,7 +58,8 @@ class _CausalConv1dFn(torch.autograd.Function):
                 (dout, dfinal),
             )
             return *grads, None, None, None
-        op = backend.resolve("_causal_conv1d_bwd", x.device.type, x.dtype)
+        dtype = kernel_dtype(x, weight, bias, initial)
+        op = backend.resolve("_causal_conv1d_bwd", x.device.type, dtype)
         if dout is None:
             dout = torch.zeros_like(x)
         dx, dweight, dbias, dinitial = op(
@@ -258,7 +260,8 @@ def causal_conv1d_update(
         rows.write(state)
         out = rows.zero_skipped(out).to(x.dtype)
     else:
-        op = backend.resolve("_causal_conv1d_update", x.device.type, x.dtype)
+        dtype = kernel_dtype(x, conv_state, weight, bias)
+        op = backend.resolve("_causal_conv1d_update", x.device.type, dtype)
         out = op(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
     return out.squeeze(-1) if single else out
 

@@ -18,3 +18,12 @@ def no_wider_than(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if x is None or x.dtype != torch.float64 or dtype == torch.float64:
         return x
     return x.to(dtype)
+
+
+def kernel_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
+    """The dtype by which a call of an op chooses its backend: x's, but fp64 if any tensor is fp64.
+
+    Compiled kernels mix the narrower dtypes freely and take no fp64 at all.
+    """
+    wide = accumulate_dtype(x, *others) == torch.float64
+    return torch.float64 if wide else x.dtype

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import backend
 from ._autograd import differentiable_backward, wants_double_backward
 from ._checks import check_device, check_dim, check_dtype, check_shape
-from .dtypes import accumulate_dtype
+from .dtypes import accumulate_dtype, kernel_dtype
 
 __all__ = [
     "RMSNorm",
@@ -38,7 +38,10 @@ class _AddNormFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, is_rms_norm, residual_dtype):
         ctx.set_materialize_grads(False)
-        op = backend.resolve("_add_norm_fwd", x.device.type, x.dtype)
+        ctx.kernel_dtype = kernel_dtype(x, residual, weight, bias)
+        if residual_dtype == torch.float64:
+            ctx.kernel_dtype = torch.float64
+        op = backend.resolve("_add_norm_fwd", x.device.type, ctx.kernel_dtype)
         y, total, mean, rstd = op(x, residual, weight, bias, eps, is_rms_norm, residual_dtype)
         ctx.eps, ctx.is_rms_norm, ctx.residual_dtype = eps, is_rms_norm, residual_dtype
         ctx.dtype, ctx.absent = x.dtype, total.dim() == 1
@@ -64,7 +67,7 @@ class _AddNormFn(torch.autograd.Function):
             )
         else:
             dy = torch.zeros_like(x, dtype=ctx.dtype) if dy is None else dy
-            op = backend.resolve("_add_norm_bwd", x.device.type, ctx.dtype)
+            op = backend.resolve("_add_norm_bwd", x.device.type, ctx.kernel_dtype)
             dsum, dweight, dbias = op(
                 dy, dtotal, x, residual, weight, bias, mean, rstd, ctx.is_rms_norm
             )

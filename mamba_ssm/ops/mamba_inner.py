@@ -18,7 +18,7 @@ from ._autograd import differentiable_backward, needs_grad, wants_double_backwar
 from ._checks import check_device, check_dtype, check_shape
 from .causal_conv1d import causal_conv1d_ref
 from .chunking import chunk_size_for
-from .dtypes import accumulate_dtype, no_wider_than
+from .dtypes import accumulate_dtype, kernel_dtype, no_wider_than
 from .reference.scan_oracle import selective_scan_sequential
 from .scan_checks import check_projection_shape
 from .scan_groups import same_groups, sum_groups
@@ -78,7 +78,7 @@ def _rms_rows(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x (b, l, m) normalised over m, if there is a weight."""
     if weight is None:
         return x
-    op = backend.resolve("_add_norm_fwd", x.device.type, x.dtype)
+    op = backend.resolve("_add_norm_fwd", x.device.type, kernel_dtype(x, weight))
     return op(x.flatten(0, 1), None, weight, None, eps, True, None)[0].view(x.shape)
 
 
@@ -88,7 +88,7 @@ def _rms_rows_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, eps:
         return dy, None
     rows = x.flatten(0, 1)
     rstd = torch.rsqrt(rows.to(accumulate_dtype(x)).square().mean(dim=1) + eps)
-    op = backend.resolve("_add_norm_bwd", x.device.type, x.dtype)
+    op = backend.resolve("_add_norm_bwd", x.device.type, kernel_dtype(x, weight))
     dx, dweight, _ = op(
         dy.flatten(0, 1), None, rows, None, weight, None, rstd.new_empty((0,)), rstd, True
     )
@@ -121,7 +121,8 @@ def _project(args: _Args, x_dbl: Tensor, delta_raw: Tensor | None, eps: float) -
 
 def _conv(args: _Args) -> Tensor:
     x = args.xz.chunk(2, dim=1)[0]
-    op = backend.resolve("_causal_conv1d_fwd", x.device.type, x.dtype)
+    dtype = kernel_dtype(x, args.conv_weight, args.conv_bias)
+    op = backend.resolve("_causal_conv1d_fwd", x.device.type, dtype)
     return op(x, args.conv_weight, args.conv_bias, None, None, x.shape[0], True)[0]
 
 
@@ -248,7 +249,8 @@ def _backward(ctx, args: _Args, dout, y, states, x_dbl, conv_out, p: _Projected)
     d_x_proj = dx_dbl.flatten(0, 1).t() @ rows_conv
     d_conv_out = (du + (dx_dbl @ args.x_proj).transpose(1, 2)).to(conv_out.dtype)
 
-    op = backend.resolve("_causal_conv1d_bwd", x.device.type, x.dtype)
+    dtype = kernel_dtype(x, args.conv_weight, args.conv_bias)
+    op = backend.resolve("_causal_conv1d_bwd", x.device.type, dtype)
     dx, d_conv_weight, d_conv_bias, _ = op(
         d_conv_out, None, x, args.conv_weight, args.conv_bias, None, None, batch, True
     )

@@ -19,7 +19,7 @@ from ._checks import (
     check_shape,
     check_writable,
 )
-from .dtypes import accumulate_dtype
+from .dtypes import accumulate_dtype, kernel_dtype
 from .reference.state_rows import StateRows
 from .reference.state_update import state_step
 
@@ -118,7 +118,7 @@ def selective_state_update(
     if needs_grad(state, x, dt, A, B, C, D, z, dt_bias):
         out = _differentiable(args, dt_softplus, state, state_batch_indices)
     else:
-        op = backend.resolve("_state_update", x.device.type, x.dtype)
+        op = backend.resolve("_state_update", x.device.type, kernel_dtype(*args[1:], args[0]))
         out = op(*args, dt_softplus, state_batch_indices)
     return out.view(x.shape)
 
