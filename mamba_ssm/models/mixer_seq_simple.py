@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import os
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from mamba_ssm.inference import cpu_decoder
 from mamba_ssm.models.config_mamba import MambaConfig, check_attn_layer_idx
 from mamba_ssm.models.loss import chunked_cross_entropy, shifted_targets
 from mamba_ssm.modules.block import Block, add_norm
@@ -335,6 +336,26 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
     ) -> dict[int, tuple[torch.Tensor | None, ...]]:
         """Decode caches of zeros, {layer index: cache}."""
         return self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+
+    def decode_step(self) -> Callable[[torch.Tensor, dict[int, Any]], torch.Tensor] | None:
+        """What `generate` steps with on a CPU: step(ids (b,), caches) -> logits (b, V), or None.
+
+        The fused step reads packed weights, made at the first call and again after the weights
+        changed: until ``release_inference_packs`` or ``train`` they double the weights' memory.
+        None where the modules have to be used; ``mamba_ssm.inference.why_not(model)`` says why.
+        """
+        decoder = cpu_decoder.decoder_for(self)
+        return None if decoder is None else decoder.step
+
+    def release_inference_packs(self) -> None:
+        """Free the packed copy of the weights that decoding on a CPU has made, if any."""
+        cpu_decoder.release(self)
+
+    def train(self, mode: bool = True) -> MambaLMHeadModel:
+        """As ``nn.Module.train``; training mode frees the packed copy of the weights."""
+        if mode:
+            self.release_inference_packs()
+        return super().train(mode)
 
     def _graph_key(self) -> tuple[str, ...]:
         """What else a captured decode step depends on: the backend that its kernels come from."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,6 +163,7 @@ class DecodeLoop:
         self.last = self.ids[:, -1]
         self.seen: Tensor | None = None
         self.snapshots: list[tuple[Tensor, dict]] = []
+        self.native: Callable[[Tensor, dict[int, Any]], Tensor] | bool | None = None
         self.generator = None
         if request.seed is not None:
             self.generator = torch.Generator(self.device).manual_seed(request.seed)
@@ -244,12 +245,25 @@ class DecodeLoop:
         return logits
 
     def _step(self, tokens: Tensor) -> Tensor:
+        if self.native is None:  # at the first step: prefill alone needs no packed weights
+            self.native = self._native_step()
+        if self.native:
+            logits = self.native(tokens.squeeze(1), self.params.key_value_memory_dict)
+            self.params.seqlen_offset += 1
+            return logits
         if self.graph is None:
             return self._forward(tokens)
         offset = self.params.seqlen_offset
         logits = self.graph.run(tokens, torch.full_like(tokens, offset), offset)
         self.params.seqlen_offset += 1
         return logits[:, -1]
+
+    def _native_step(self) -> Callable[[Tensor, dict[int, Any]], Tensor] | bool:
+        """The model's own way to take one step, or False where it has to be called."""
+        make = getattr(self.r.model, "decode_step", None)
+        if self.device.type != "cpu" or make is None:
+            return False
+        return make() or False
 
     def _note_seen(self, vocab: int) -> None:
         if self.r.repetition_penalty == 1.0 and not self.r.return_state:

@@ -1,0 +1,414 @@
+#include "decode.h"
+
+#include <algorithm>
+
+#include "../../common/simd.h"
+#include "../../linear/cpu/product.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC warns of the placeholder operands inside its own AVX-512 headers.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace mamba {
+namespace MAMBA_ISA {
+namespace {
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Rows that go through a product together; `width` of them with the padding.
+struct Tile {
+  int64_t first = 0, rows = 0, width = 0;
+};
+
+Tile next_tile(int64_t batch, int64_t first) {
+  const int64_t width = next_tile_rows(batch - first);
+  return {first, std::min(width, batch - first), width};
+}
+
+int64_t padded_rows(int64_t batch) {
+  int64_t rows = 0;
+  for (Tile t; rows < batch; rows += t.width) t = next_tile(batch, rows);
+  return rows;
+}
+
+// The input of a product for all rows: tile after tile, each [in][width] in fp32 or in bf16 pairs.
+// (Only the last tile is padded, so a tile's first row is also its place.)
+struct Activations {
+  float* data = nullptr;
+  int64_t in = 0;
+  bool pairs = false;
+
+  const void* tile(const Tile& t) const { return data + t.first * in / (pairs ? 2 : 1); }
+
+  // Inputs [k, k + count) of one row.
+  MAMBA_INLINE void put(const Tile& t, int64_t row, int64_t k, const float* values,
+                        int64_t count) const {
+    float* const start = data + t.first * in / (pairs ? 2 : 1);
+    if (pairs) {
+      auto* p = reinterpret_cast<uint16_t*>(start) + 2 * row;
+      for (int64_t i = 0; i < count; ++i) {
+        p[(k + i) / 2 * 2 * t.width + (k + i) % 2] = float_to_bfloat16(values[i]);
+      }
+    } else {
+      for (int64_t i = 0; i < count; ++i) start[(k + i) * t.width + row] = values[i];
+    }
+  }
+};
+
+template <class F>
+MAMBA_INLINE void multiply(const PackedWeight& w, const Activations& x, const Tile& tile,
+                           int64_t block, int64_t end, F&& f) {
+  alignas(64) float out[kProductFloats];
+  const Product product = select_product(w.kind, tile.width);
+  while (block < end) {
+    const bool many = end - block >= product.blocks_at_once;
+    (many ? product.many : product.one)(w, block, x.tile(tile), out);
+    const int64_t done = block + (many ? product.blocks_at_once : 1);
+    for (float* values = out; block < done; ++block) {
+      for (int64_t r = 0; r < tile.width; ++r, values += kBlock) {
+        if (r >= tile.rows) continue;  // padding
+        for (int64_t i = 0; w.bias && i < kBlock; i += kLanes) {
+          store(values + i, load(values + i) + load(w.bias + block * kBlock + i));
+        }
+        f(block, tile, r, values);
+      }
+    }
+  }
+}
+
+bool takes_pairs(const PackedWeight& w) { return select_product(w.kind, 1).pairs; }
+
+// Calls f(block, tile, row of the tile, values) for every output of blocks [begin, end), bias
+// included; values are kBlock floats that f may overwrite. All tiles go through a few blocks before
+// the next blocks, so that the weight comes from memory once.
+template <class F>
+void for_each_output(const PackedWeight& w, const Activations& x, int64_t batch, int64_t begin,
+                     int64_t end, F&& f) {
+  for (; begin < end; begin += kMaxBlocksAtOnce) {
+    const int64_t stop = std::min<int64_t>(end, begin + kMaxBlocksAtOnce);
+    for (int64_t first = 0; first < batch;) {
+      const Tile tile = next_tile(batch, first);
+      multiply(w, x, tile, begin, stop, f);
+      first += tile.width;
+    }
+  }
+}
+
+// Where everything lies in the scratch memory. The first members are shared by the team, the last
+// ones are each member's own: they are small, and computing them twice saves a barrier.
+struct Scratch {
+  float *hidden, *z, *conv_out, *projected;  // rows of floats
+  Activations x_in, y_in;                    // inputs of x_proj and out_proj
+  float *residual, *B, *C;                   // own
+  Activations normed, dt_in, head_in;        // own
+  int64_t bytes = 0;
+
+  Scratch(const DecodeParams& p, void* base, int64_t member, int64_t members) {
+    const DecodeLayer& layer = p.layer[0];
+    const int64_t rows = padded_rows(p.batch), channels = p.channels();
+    const int64_t width = round_up(p.d_model, kBlock);
+    auto take = [&](int64_t floats) {
+      float* p = reinterpret_cast<float*>(static_cast<char*>(base) + bytes);
+      bytes += round_up(floats * 4, 64);
+      return p;
+    };
+    auto activations = [&](const PackedWeight& w) {
+      return Activations{take(rows * w.in), w.in, takes_pairs(w)};
+    };
+    hidden = take(p.batch * width);
+    z = take(p.batch * channels);
+    conv_out = take(p.batch * channels);
+    projected = take(p.batch * layer.x_proj.blocks() * kBlock);
+    x_in = activations(layer.x_proj);
+    y_in = activations(layer.out_proj);
+    const int64_t shared = bytes;
+    bytes = 0;
+    base = static_cast<char*>(base) + shared;
+    for (int64_t i = 0; i <= member; ++i) {
+      base = static_cast<char*>(base) + bytes;
+      bytes = 0;
+      residual = take(p.batch * width);
+      B = take(p.batch * p.padded_state());
+      C = take(p.batch * p.padded_state());
+      normed = activations(layer.in_x);
+      dt_in = activations(layer.dt_proj);
+      head_in = activations(p.lm_head);
+    }
+    bytes = shared + bytes * members;
+  }
+};
+
+// The sum of all lanes in a fixed order.
+MAMBA_INLINE float sum_lanes(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  return sum(v);
+#endif
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// What one thread does of one token.
+struct Worker {
+  const DecodeParams& p;
+  Team& team;
+  const int64_t member, members;
+  const Scratch s;
+  const int64_t channels, width, state;
+
+  Worker(const DecodeParams& params, Team& team, int64_t member, int64_t members, void* scratch)
+      : p(params),
+        team(team),
+        member(member),
+        members(members),
+        s(params, scratch, member, members),
+        channels(params.channels()),
+        width(round_up(params.d_model, kBlock)),
+        state(params.padded_state()) {}
+
+  Range share(int64_t count) const {
+    return {count * member / members, count * (member + 1) / members};
+  }
+
+  void embed() const {
+    for (int64_t r = 0; r < p.batch; ++r) {
+      float* row = s.residual + r * width;
+      const float* from = row_as_float(p.embedding, p.ids[r] * p.embedding.stride[0],
+                                       p.embedding.stride[1], p.d_model, row);
+      if (from != row) std::copy(from, from + p.d_model, row);
+    }
+  }
+
+  // residual += hidden, then the norm of the sum (before it is rounded) into `to`.
+  void add_norm(const NormWeights& norm, bool add, const Activations& to) const {
+    for (int64_t first = 0; first < p.batch;) {
+      const Tile tile = next_tile(p.batch, first);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        norm_row(norm, add ? s.hidden + (first + r) * width : nullptr,
+                 s.residual + (first + r) * width, tile, r, to);
+      }
+      first += tile.width;
+    }
+  }
+
+  // Padding of the rows is 0 and stays 0, except for the mean's sake in the middle of a layer norm.
+  void norm_row(const NormWeights& norm, const float* hidden, float* row, const Tile& tile,
+                int64_t r, const Activations& to) const {
+    Vec total{}, square{};
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const Vec v = hidden ? load(row + i) + load(hidden + i) : load(row + i);
+      store(row + i, v);
+      total += v;
+      square += v * v;
+    }
+    const float n = static_cast<float>(p.d_model);
+    float mean = 0, variance = sum_lanes(square) / n;
+    if (!p.is_rms_norm) {
+      mean = sum_lanes(total) / n;
+      square = Vec{};
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const Vec v = load(row + i) - mean;
+        square += v * v;
+      }
+      variance = (sum_lanes(square) - static_cast<float>(width - p.d_model) * mean * mean) / n;
+    }
+    const float scale = 1.0f / __builtin_sqrtf(variance + norm.eps);
+    alignas(64) float values[kBlock];
+    for (int64_t i = 0; i < width; i += kBlock) {
+      for (int64_t j = 0; j < kBlock; j += kLanes) {
+        Vec v = (load(row + i + j) - mean) * scale * load(norm.weight + i + j);
+        if (norm.bias) v += load(norm.bias + i + j);
+        store(values + j, v);
+      }
+      to.put(tile, r, i, values, std::min(kBlock, p.d_model - i));
+    }
+    if (p.residual_dtype == DType::kBFloat16) {
+      for (int64_t i = 0; i < p.d_model; ++i) {
+        row[i] = bfloat16_to_float(float_to_bfloat16(row[i]));
+      }
+    } else if (p.residual_dtype == DType::kFloat16) {
+      for (int64_t i = 0; i < p.d_model; ++i) row[i] = half_to_float(float_to_half(row[i]));
+    }
+  }
+
+  // x and z of this member's channels; x goes through the convolution at once.
+  void project_in(const DecodeLayer& layer) const {
+    const Range mine = share(channels / kBlock);
+    for_each_output(layer.in_x, s.normed, p.batch, mine.begin, mine.end,
+                    [&](int64_t block, const Tile& tile, int64_t r, float* values) {
+                      convolve(layer, block, tile, r, values);
+                    });
+    for_each_output(layer.in_z, s.normed, p.batch, mine.begin, mine.end,
+                    [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
+                      std::copy(values, values + kBlock,
+                                s.z + (tile.first + r) * channels + block * kBlock);
+                    });
+  }
+
+  void convolve(const DecodeLayer& layer, int64_t block, const Tile& tile, int64_t r,
+                const float* values) const {
+    const int64_t c0 = block * kBlock, row = tile.first + r, w = p.d_conv;
+    const int64_t count = std::min(kBlock, p.d_inner - c0);
+    const int64_t start = row * layer.conv_state.stride[0] + c0 * w;
+    alignas(64) float out[kBlock] = {};
+    for (int64_t i = 0; i < kBlock; i += kLanes) {
+      store(out + i, layer.conv_bias ? load(layer.conv_bias + c0 + i) : Vec{});
+    }
+    if (layer.conv_state.dtype == DType::kFloat32 && w == 4) {
+      auto* p4 = static_cast<float*>(layer.conv_state.data) + start;
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t t = 0; t < 3; ++t) p4[4 * i + t] = p4[4 * i + t + 1];
+        p4[4 * i + 3] = values[i];
+        for (int64_t t = 0; t < 4; ++t) {
+          out[i] += p4[4 * i + t] * layer.conv_weight[t * channels + c0 + i];
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t t = 0; t < w; ++t) {
+          const int64_t at = start + i * w + t;
+          const float input =
+              t + 1 < w ? load_float(layer.conv_state.data, layer.conv_state.dtype, at + 1)
+                        : values[i];
+          store_float(layer.conv_state.data, layer.conv_state.dtype, at, input);
+          out[i] += input * layer.conv_weight[t * channels + c0 + i];
+        }
+      }
+    }
+    for (int64_t i = 0; i < kBlock; i += kLanes) store(out + i, silu(load(out + i)));
+    std::copy(out, out + kBlock, s.conv_out + row * channels + c0);
+    s.x_in.put(tile, r, c0, out, count);
+  }
+
+  void select(const DecodeLayer& layer) const {
+    const int64_t outputs = layer.x_proj.blocks() * kBlock;
+    const Range mine = share(layer.x_proj.blocks());
+    for_each_output(layer.x_proj, s.x_in, p.batch, mine.begin, mine.end,
+                    [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
+                      std::copy(values, values + kBlock,
+                                s.projected + (tile.first + r) * outputs + block * kBlock);
+                    });
+  }
+
+  // dt of this member's channels, the recurrence, skip and gate.
+  void advance(const DecodeLayer& layer) const {
+    const int64_t outputs = layer.x_proj.blocks() * kBlock;
+    for (int64_t first = 0; first < p.batch;) {
+      const Tile tile = next_tile(p.batch, first);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const float* projected = s.projected + (first + r) * outputs;
+        s.dt_in.put(tile, r, 0, projected, p.dt_rank);
+        projected += p.dt_rank;
+        std::copy(projected, projected + p.d_state, s.B + (first + r) * state);
+        projected += p.d_state;
+        std::copy(projected, projected + p.d_state, s.C + (first + r) * state);
+      }
+      first += tile.width;
+    }
+    const Range mine = share(channels / kBlock);
+    for_each_output(layer.dt_proj, s.dt_in, p.batch, mine.begin, mine.end,
+                    [&](int64_t block, const Tile& tile, int64_t r, float* values) {
+                      update_state(layer, block, tile, r, values);
+                    });
+  }
+
+  void update_state(const DecodeLayer& layer, int64_t block, const Tile& tile, int64_t r,
+                    float* dt) const {
+    const int64_t c0 = block * kBlock, row = tile.first + r;
+    const int64_t count = std::min(kBlock, p.d_inner - c0);
+    const float* u = s.conv_out + row * channels + c0;
+    alignas(64) float y[kBlock] = {};
+    for (int64_t i = 0; i < kBlock; i += kLanes) store(dt + i, softplus(load(dt + i)));
+    const int64_t start = row * layer.ssm_state.stride[0] + c0 * p.d_state;
+    with_dtype(layer.ssm_state.dtype, [&](auto type) {
+      using E = decltype(type);
+      auto* h = static_cast<typename E::T*>(layer.ssm_state.data) + start;
+      const float *A = layer.A + c0 * state, *B = s.B + row * state, *C = s.C + row * state;
+      for (int64_t i = 0; i < count; ++i, h += p.d_state, A += state) {
+        y[i] = update_channel<E>(h, A, B, C, dt[i], dt[i] * u[i]);
+      }
+    });
+    const float* z = s.z + row * channels + c0;
+    for (int64_t i = 0; i < kBlock; i += kLanes) {
+      const Vec skipped = load(y + i) + load(u + i) * load(layer.D + c0 + i);
+      store(y + i, skipped * silu(load(z + i)));
+    }
+    s.y_in.put(tile, r, c0, y, count);
+  }
+
+  // h = exp(dt A) h + dt B u in place; returns C h.
+  template <class E>
+  MAMBA_INLINE float update_channel(typename E::T* h, const float* A, const float* B,
+                                    const float* C, float dt, float input) const {
+    Vec total{};
+    int64_t i = 0;
+    for (; i + kLanes <= p.d_state; i += kLanes) {
+      const Vec next = E::read(h + i) * exp2(load(A + i) * dt) + load(B + i) * input;
+      E::write(h + i, next);
+      total += next * load(C + i);
+    }
+    if (i < p.d_state) {
+      const int rest = static_cast<int>(p.d_state - i);
+      const Vec next = read_some<E>(h + i, rest) * exp2(load(A + i) * dt) + load(B + i) * input;
+      write_some<E>(h + i, next, rest);
+      total += next * load(C + i);
+    }
+    return sum_lanes(total);
+  }
+
+  void project_out(const DecodeLayer& layer) const {
+    const Range mine = share(layer.out_proj.blocks());
+    for_each_output(layer.out_proj, s.y_in, p.batch, mine.begin, mine.end,
+                    [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
+                      std::copy(values, values + kBlock,
+                                s.hidden + (tile.first + r) * width + block * kBlock);
+                    });
+  }
+
+  void logits() const {
+    const Range mine = share(p.lm_head.blocks());
+    for_each_output(p.lm_head, s.head_in, p.batch, mine.begin, mine.end,
+                    [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
+                      const int64_t first = block * kBlock;
+                      store_row(p.logits, (tile.first + r) * p.vocab + first, 1,
+                                std::min(kBlock, p.vocab - first), values);
+                    });
+  }
+
+  void run() const {
+    embed();
+    for (int64_t i = 0; i < p.layers; ++i) {
+      const DecodeLayer& layer = p.layer[i];
+      add_norm(layer.norm, i > 0, s.normed);
+      project_in(layer);
+      team.barrier(members);
+      select(layer);
+      team.barrier(members);
+      advance(layer);
+      team.barrier(members);
+      project_out(layer);
+      team.barrier(members);
+    }
+    add_norm(p.norm_f, true, s.head_in);
+    logits();
+  }
+};
+
+int64_t scratch_bytes(const DecodeParams& p, int64_t members) {
+  return Scratch(p, nullptr, 0, members).bytes;
+}
+
+void step(const DecodeParams& p, Team& team, int64_t member, int64_t members, void* scratch) {
+  Worker(p, team, member, members, scratch).run();
+}
+
+}  // namespace
+
+DecodeKernels decode_kernels() { return {scratch_bytes, step}; }
+
+}  // namespace MAMBA_ISA
+}  // namespace mamba
