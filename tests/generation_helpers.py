@@ -30,7 +30,8 @@ def tiny_lm(
     shape = MambaConfig(
         d_model=16, n_layer=2, vocab_size=vocab_size, tie_embeddings=False, **config
     )
-    model = MambaLMHeadModel(shape, device=device, dtype=dtype).eval()
+    # Drawn on the CPU: another device's generator would draw another model.
+    model = MambaLMHeadModel(shape, dtype=dtype).to(device).eval()
     with torch.no_grad():
         model.backbone.embedding.weight.mul_(20)
         model.lm_head.weight.mul_(8)
