@@ -3,6 +3,9 @@
 
 #include "simd.h"
 
+// One copy per file and instruction set is enough, and is what keeps compiling fast.
+#define MAMBA_NOINLINE [[maybe_unused]] static __attribute__((noinline))
+
 namespace mamba {
 namespace MAMBA_ISA {
 
@@ -37,14 +40,14 @@ MAMBA_INLINE void for_lanes(const TensorArg& t, int64_t offset, int64_t stride, 
 MAMBA_INLINE int64_t whole_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // Writes whole_lanes(n) floats at `to`: the row, then zeros.
-MAMBA_INLINE void read_row(const TensorArg& t, int64_t offset, int64_t stride, int64_t n,
-                           float* to) {
+MAMBA_NOINLINE void read_row(const TensorArg& t, int64_t offset, int64_t stride, int64_t n,
+                             float* to) {
   for_lanes(t, offset, stride, n, [&](int64_t i, Vec v) { store(to + i, v); });
 }
 
 // Reads whole_lanes(n) floats at `from`.
-MAMBA_INLINE void write_row(const TensorArg& t, int64_t offset, int64_t stride, int64_t n,
-                            const float* from) {
+MAMBA_NOINLINE void write_row(const TensorArg& t, int64_t offset, int64_t stride, int64_t n,
+                              const float* from) {
   with_dtype(t.dtype, [&](auto e) {
     using E = decltype(e);
     auto* p = static_cast<typename E::T*>(t.data) + offset;
@@ -54,7 +57,8 @@ MAMBA_INLINE void write_row(const TensorArg& t, int64_t offset, int64_t stride, 
   });
 }
 
-MAMBA_INLINE float read_one(const TensorArg& t, int64_t offset) {
+MAMBA_NOINLINE float read_one(const TensorArg& t, int64_t offset) {
+  if (t.dtype == DType::kFloat32) return static_cast<const float*>(t.data)[offset];
   float value = 0.0f;
   with_dtype(t.dtype, [&](auto e) {
     using E = decltype(e);

@@ -173,7 +173,8 @@ MAMBA_INLINE void backward_vector(const Block<E, W>& b, const Steps<typename E::
 }
 
 template <class E, int W>
-void backward_steps(const Block<E, W>& b, const Steps<typename E::T>& s, float* share) {
+__attribute__((noinline)) void backward_steps(const Block<E, W>& b, const Steps<typename E::T>& s,
+                                              float* share) {
   int64_t c = 0;
   for (; c + kLanes <= b.channels; c += kLanes) backward_vector<true>(b, s, share, c);
   if (c < b.channels) backward_vector<false>(b, s, share, c);

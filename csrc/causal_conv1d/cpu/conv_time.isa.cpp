@@ -82,6 +82,36 @@ MAMBA_INLINE void through_silu(const Channel<W>& channel, const float* inputs, f
 }
 
 template <int W>
+MAMBA_INLINE void input_gradient(const Channel<W>& channel, const float* d, float* dx) {
+  const int64_t last = channel.width() - 1;
+  for (int64_t i = 0; i < channel.piece.length; i += kLanes) {
+    Vec sum = Vec{};
+    for (int64_t j = 0; j <= last; ++j) sum += channel.taps[last - j] * load(d + i + j);
+    store(dx + i, sum);
+  }
+}
+
+// Adds to the shares of dweight and of dbias; d is zero past the piece.
+template <int W>
+MAMBA_INLINE void tap_gradients(const Channel<W>& channel, const float* inputs, const float* d,
+                                float* share) {
+  constexpr int kTogether = W ? W : 1;  // taps whose sums stay in registers
+  const int64_t length = channel.piece.length, channels = channel.p.channels;
+  for (int64_t k = 0; k < channel.width(); k += kTogether) {
+    Vec sums[kTogether];
+    for (int j = 0; j < kTogether; ++j) sums[j] = Vec{};
+    for (int64_t i = 0; i < length; i += kLanes) {
+      const Vec g = load(d + i);
+      for (int j = 0; j < kTogether; ++j) sums[j] += g * load(inputs + i + k + j);
+    }
+    for (int j = 0; j < kTogether; ++j) share[(k + j) * channels] += sum(sums[j]);
+  }
+  Vec sums = Vec{};
+  for (int64_t i = 0; i < length; i += kLanes) sums += load(d + i);
+  share[channel.width() * channels] += sum(sums);
+}
+
+template <int W>
 void backward(const ConvParams& p, const ConvPiece& piece, int64_t c, float* share,
               float* scratch) {
   const int64_t length = piece.length, last = (W ? W : p.width) - 1;
@@ -97,11 +127,7 @@ void backward(const ConvParams& p, const ConvPiece& piece, int64_t c, float* sha
   if (p.silu) through_silu(channel, inputs, d, steps);
   fill(d + steps, 0.0f, last + kLanes);
 
-  for (int64_t i = 0; i < length; i += kLanes) {
-    Vec sum = Vec{};
-    for (int64_t j = 0; j <= last; ++j) sum += channel.taps[last - j] * load(d + i + j);
-    store(dx + i, sum);
-  }
+  input_gradient(channel, d, dx);
   for (int64_t i = length - 1, k; i >= 0 && (k = final_column(p, piece, i)) >= 0; --i) {
     const TensorArg& t = p.dfinal;
     dx[i] += read_one(t, p.runs[piece.run].state * t.stride[0] + c * t.stride[1] + k * t.stride[2]);
@@ -109,24 +135,15 @@ void backward(const ConvParams& p, const ConvPiece& piece, int64_t c, float* sha
   write_row(p.dx, channel.offset(p.dx, piece.start), p.dx.stride[2], length, dx);
 
   fill(d + length, 0.0f, kLanes);  // the steps after count in their own piece
-  for (int64_t k = 0; k <= last; ++k) {
-    Vec sums = Vec{};
-    for (int64_t i = 0; i < length; i += kLanes) sums += load(d + i) * load(inputs + i + k);
-    share[k * p.channels + c] += sum(sums);
-  }
-  Vec sums = Vec{};
-  for (int64_t i = 0; i < length; i += kLanes) sums += load(d + i);
-  share[(last + 1) * p.channels + c] += sum(sums);
+  tap_gradients(channel, inputs, d, share + c);
 }
 
-void clear(const ConvParams& p, const TensorArg& t, const ConvPiece& piece, int64_t begin,
-           int64_t end, float* scratch) {
+void clear(const TensorArg& t, const ConvPiece& piece, int64_t begin, int64_t end, float* scratch) {
   fill(scratch, 0.0f, whole_lanes(piece.length));
   for (int64_t c = begin; c < end; ++c) {
     const int64_t offset = piece.batch * t.stride[0] + c * t.stride[1] + piece.start * t.stride[2];
     write_row(t, offset, t.stride[2], piece.length, scratch);
   }
-  (void)p;
 }
 
 template <int W>
@@ -134,7 +151,7 @@ void forward_group(const ConvParams& p, int64_t group, int64_t begin, int64_t en
   for (int64_t i = p.group_bounds[group]; i < p.group_bounds[group + 1]; ++i) {
     const ConvPiece& piece = p.pieces[i];
     if (piece.run < 0) {
-      clear(p, p.out, piece, begin, end, scratch);
+      clear(p.out, piece, begin, end, scratch);
       continue;
     }
     for (int64_t c = begin; c < end; ++c) forward<W>(p, piece, c, scratch);
@@ -149,7 +166,7 @@ void backward_group(const ConvParams& p, int64_t group, int64_t begin, int64_t e
   for (int64_t i = p.group_bounds[group]; i < p.group_bounds[group + 1]; ++i) {
     const ConvPiece& piece = p.pieces[i];
     if (piece.run < 0) {
-      clear(p, p.dx, piece, begin, end, scratch);
+      clear(p.dx, piece, begin, end, scratch);
       continue;
     }
     for (int64_t c = begin; c < end; ++c) backward<W>(p, piece, c, share, scratch);

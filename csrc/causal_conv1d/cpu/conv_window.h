@@ -13,8 +13,8 @@ MAMBA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 MAMBA_INLINE Vec silu_grad(Vec x, Vec s) { return s * (1.0f + x * (1.0f - s)); }
 
 // The input that a source names, of one channel and of the piece's run.
-MAMBA_INLINE float input_at(const ConvParams& p, const ConvPiece& piece, int64_t channel,
-                            int64_t source) {
+MAMBA_NOINLINE float input_at(const ConvParams& p, const ConvPiece& piece, int64_t channel,
+                              int64_t source) {
   if (source == kNoSource) return 0.0f;
   const bool in_state = is_state_source(source);
   const TensorArg& t = in_state ? p.initial : p.x;
@@ -24,7 +24,7 @@ MAMBA_INLINE float input_at(const ConvParams& p, const ConvPiece& piece, int64_t
 }
 
 // The column of the final states that holds step i of the piece, or a negative number.
-MAMBA_INLINE int64_t final_column(const ConvParams& p, const ConvPiece& piece, int64_t i) {
+MAMBA_NOINLINE int64_t final_column(const ConvParams& p, const ConvPiece& piece, int64_t i) {
   if (!p.dfinal.data || !p.runs[piece.run].is_last) return -1;
   return p.width - 2 - (piece.num_later + piece.length - 1 - i);
 }
