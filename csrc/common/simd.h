@@ -147,7 +147,11 @@ MAMBA_INLINE float sum(Vec v) {
 // underflows to 0, keeps NaN.
 MAMBA_INLINE Vec exp2(Vec x) {
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-#if !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  // A product must be rounded before its integer part is taken off: fused, the fraction of a huge
+  // one would be its rounding error. Then k = x and f = 0 there, and scalef does the rest.
+  __asm__("" : "+v"(x));
+#else
   // Keeps the exponent arithmetic below in range; 2^-160 is 0 and 2^129 infinity in fp32.
   x = x < -160.0f ? broadcast(-160.0f) : x;
   x = x > 129.0f ? broadcast(129.0f) : x;

@@ -18,6 +18,7 @@ import torch
 
 NAMESPACE = "mamba_ssm"
 DISABLE_VARIABLE = "MAMBA_SSM_DISABLE_NATIVE"
+CPU_ISA_VARIABLE = "MAMBA_SSM_CPU_ISA"
 MIN_TORCH = (2, 10)
 
 _PACKAGE_DIR = Path(__file__).resolve().parent.parent
@@ -75,7 +76,22 @@ def _load_library(device_type: str) -> tuple[bool, str]:
             f"{path.name} does not fit this machine ({platform.machine()}) or torch "
             f"{torch.__version__}: {detail}; {_BUILD_HINT} again"
         )
+    if device_type == "cpu":
+        refused = _refused_isa(path)
+        if refused:
+            return False, refused
     return True, f"loaded from {path}"
+
+
+def _refused_isa(path: Path) -> str | None:
+    """Why the instruction set that the environment asks for is not to be had, or None."""
+    wanted = os.environ.get(CPU_ISA_VARIABLE)
+    if not wanted or ctypes.CDLL(str(path)).mamba_ssm_force_cpu_isa(wanted.encode()):
+        return None
+    return (
+        f"{CPU_ISA_VARIABLE} is {wanted!r}, which is no instruction set of this machine's kernels; "
+        "`python -m mamba_ssm info` lists them"
+    )
 
 
 def load() -> None:
@@ -105,9 +121,6 @@ def has_kernel(op_name: str, device_type: str) -> bool:
     Only a dictionary lookup, so it may run while torch.compile traces.
     """
     return (op_name, device_type) in _kernels
-
-
-CPU_ISA_VARIABLE = "MAMBA_SSM_CPU_ISA"
 
 
 @functools.cache
