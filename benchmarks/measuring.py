@@ -59,7 +59,7 @@ class Target:
 
 @dataclass
 class Contest:
-    """The same work by several contestants; ``amount`` units of it per run.
+    """The same work by several contestants; ``amount`` units of it per run; ``ours`` is our name.
 
     ``unit`` is "tokens/s" (more is better), or "ms" and "ns/update" (less is better, per run and
     per unit of work).
@@ -72,6 +72,7 @@ class Contest:
     targets: list[Target] = field(default_factory=list)
     absent: list[tuple[str, str]] = field(default_factory=list)
     memory: bool = False
+    ours: str = OURS
 
 
 @dataclass
@@ -190,7 +191,7 @@ def _judge_value(row: Row, bound: float) -> None:
 
 def rows_of(contest: Contest) -> list[Row]:
     """The result: our row, then the peers' with our ratio and the verdict on the target."""
-    ours = next((c for c in contest.contestants if c.name == OURS), None)
+    ours = next((c for c in contest.contestants if c.name == contest.ours), None)
     wanted = {t.peer: t for t in contest.targets}
     rows = []
     for contestant in contest.contestants:

@@ -172,7 +172,6 @@ class Lab:
             path = Path(self._folder.name) / f"{GGUF[kind]}.gguf"
             peers_llama.write_gguf(self._base, path, GGUF[kind])
             llama = peers_llama.LlamaModel(path, self.threads, self.vocab)
-            path.unlink()  # stays mapped while the model is loaded
             llama.prefill(self._probe)
             self._compare(f"llama.cpp {GGUF[kind]}", kind, llama.logits())
             return llama
