@@ -27,6 +27,7 @@ from mamba_ssm.commands.loading import (
     add_model_options,
     add_prompt_options,
     add_sampling_options,
+    count_parameters,
     encode_prompt,
     load_mamba,
     random_prompt,
@@ -84,16 +85,19 @@ def load(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, not
 
     named = args.model_name is not None
     args.model_name = args.model_name or DEFAULT_MODEL
+    int8 = args.dtype == "int8"
     if not is_mamba(args.model_name):
+        if int8:
+            raise CommandError("--dtype int8 is for Mamba models: choose a floating-point dtype")
         return load_transformers(args, device, dtype)
     try:
-        return load_mamba(args.model_name, device, dtype, args.random_weights, args.seed)
+        return load_mamba(args.model_name, device, dtype, args.random_weights, args.seed, int8)
     except HubUnreachableError:
         if named:
             raise
     note(f"The hub cannot be reached: timing the shape of {DEFAULT_MODEL} with random weights.")
     args.random_weights = True
-    return load_mamba(args.model_name, device, dtype, True, args.seed)
+    return load_mamba(args.model_name, device, dtype, True, args.seed, int8)
 
 
 def load_transformers(
@@ -215,9 +219,10 @@ def benchmark(args: argparse.Namespace) -> None:
         raise CommandError("--stream prints one text: use it with --batch 1 and without --json")
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
+    dtype_name = args.dtype or str(dtype).removeprefix("torch.")
     note(f"Loading model {args.model_name or DEFAULT_MODEL}")
     model = load(args, device, dtype, note)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_parameters(model)
     note(f"Number of parameters: {parameters}")
     tokenizer = None
     if args.prompt is not None or args.stream:
@@ -242,7 +247,7 @@ def benchmark(args: argparse.Namespace) -> None:
     rate = args.batch * generated / median
     note(f"Prompt length: {ids.shape[1]}, generation length: {generated}")
     note(f"{args.model_name} prompt processing + decoding time: {median * 1000:.0f}ms")
-    note(f"Throughput: {rate:.1f} tokens/s (batch {args.batch}, {device}, {dtype})")
+    note(f"Throughput: {rate:.1f} tokens/s (batch {args.batch}, {device}, {dtype_name})")
     if args.json:
         result = {
             "model": args.model_name,
@@ -255,7 +260,7 @@ def benchmark(args: argparse.Namespace) -> None:
             "seconds": seconds,
             "tokens_per_second": rate,
             "device": str(device),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }

@@ -8,6 +8,7 @@
 
 #include "bindings_common.h"
 #include "decode/cpu/decode.h"
+#include "linear/cpu/pack.h"
 
 namespace mamba {
 namespace {
@@ -217,7 +218,39 @@ Tensor decode(Tensor ids, Tensor embedding, Tensor pack, Tensor layout,
   return logits;
 }
 
+WeightKind weight_kind(const Tensor& weight) {
+  if (weight.scalar_type() == ScalarType::Char) return WeightKind::kInt8;
+  return static_cast<WeightKind>(dtype_of("_pack_weight", "weight", weight));
+}
+
+void pack(Tensor weight, Tensor into) {
+  check_dim("_pack_weight", "weight", weight, 2, "(out, in)");
+  PackedWeight w;
+  w.kind = weight_kind(weight);
+  w.out = weight.size(0);
+  const int64_t in = weight.size(1);
+  w.in = w.kind == WeightKind::kBFloat16 ? (in + 1) / 2 * 2 : in;
+  const int64_t size = w.blocks() * kBlock * w.in;
+  STD_TORCH_CHECK(
+      into.scalar_type() == weight.scalar_type() && into.is_contiguous() && into.numel() == size,
+      "_pack_weight: into must be contiguous, of weight's dtype, with ", size, " elements");
+  STD_TORCH_CHECK(in < 2 || weight.stride(1) == 1,
+                  "_pack_weight: weight's rows must be contiguous");
+  STD_TORCH_CHECK(w.out < 2 || weight.stride(0) == in,
+                  "_pack_weight: weight's rows must follow one another");
+  if (size == 0) return;
+  w.data = into.data_ptr();
+  const void* from = weight.data_ptr();
+  const int64_t grain = std::max<int64_t>(1, 32768 / (kBlock * w.in));
+  torch::stable::parallel_for(0, w.blocks(), grain, [&](int64_t begin, int64_t end) {
+    pack_weight(w, from, in, begin, end);
+  });
+}
+
 }  // namespace
 }  // namespace mamba
 
-STABLE_TORCH_LIBRARY_IMPL(mamba_ssm, CPU, m) { m.impl("_decode_step", TORCH_BOX(&mamba::decode)); }
+STABLE_TORCH_LIBRARY_IMPL(mamba_ssm, CPU, m) {
+  m.impl("_decode_step", TORCH_BOX(&mamba::decode));
+  m.impl("_pack_weight", TORCH_BOX(&mamba::pack));
+}

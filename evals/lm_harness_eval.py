@@ -26,7 +26,7 @@ except ImportError as error:
     sys.exit(f"lm_harness_eval.py: error: {error}: pip install 'mamba_ssm[eval]' brings lm-eval")
 
 from mamba_ssm import MambaLMHeadModel
-from mamba_ssm.commands.loading import DTYPES
+from mamba_ssm.commands.loading import DTYPES, count_parameters
 from mamba_ssm.utils.hf import CheckpointError, load_config_hf, load_tokenizer
 
 
@@ -42,7 +42,8 @@ class MambaEvalWrapper(HFLM):
         max_length: longest window of tokens; longer documents are scored in windows.
         batch_size: an integer, "auto" or "auto:N".
         device: such as "cpu" or "cuda:0".
-        dtype: "auto" is float16 on a GPU and float32 elsewhere.
+        dtype: "auto" is float16 on a GPU and float32 elsewhere; "int8" is the same with the large
+            weights in int8.
         tokenizer: another tokenizer than the model's own, by name.
         kwargs: HFLM's other options (max_batch_size, prefix_token_id, …).
     """
@@ -84,13 +85,16 @@ class MambaEvalWrapper(HFLM):
             self.tokenizer = load_tokenizer(pretrained)
 
     def _create_model(self, pretrained: str, dtype: Any = "auto", **kwargs: Any) -> None:
-        if dtype == "auto":
+        int8 = dtype == "int8"
+        if dtype == "auto" or int8:
             dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         elif isinstance(dtype, str):
             if dtype not in DTYPES:
                 raise CheckpointError(f"dtype must be auto or one of {DTYPES}, got {dtype!r}")
             dtype = getattr(torch, dtype)
         self._model = MambaLMHeadModel.from_pretrained(pretrained, device=self.device, dtype=dtype)
+        if int8:
+            self._model.quantize_("int8")
 
     def _model_call(self, inps: Tensor, attn_mask: None = None, labels: None = None) -> Tensor:
         with torch.inference_mode():
@@ -118,7 +122,7 @@ class MambaEvalWrapper(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results; asks no hub."""
         return {
-            "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "model_num_parameters": count_parameters(self.model),
             "model_dtype": str(next(self.model.parameters()).dtype),
             "model_revision": self.revision,
             "model_sha": "",

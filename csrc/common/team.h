@@ -68,8 +68,9 @@ class Team {
 #elif defined(__aarch64__)
     asm volatile("yield");
 #endif
-    // On a machine with more threads than cores the one waited for may need this core.
-    if (turn % 4096 == 0) sched_yield();
+    // On a busy machine the thread that is waited for may need this core: spin for a few
+    // microseconds only.
+    if (turn % 128 == 0) sched_yield();
   }
 
   const uint64_t slots_;

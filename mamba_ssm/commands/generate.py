@@ -16,6 +16,7 @@ from mamba_ssm.commands.loading import (
     add_model_options,
     add_prompt_options,
     add_sampling_options,
+    count_parameters,
     encode_prompt,
     load_mamba,
     random_prompt,
@@ -64,7 +65,8 @@ def _generate(args: argparse.Namespace) -> None:
         raise CommandError("--stream prints one text: use --batch 1 or --no-stream")
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
-    model = load_mamba(args.model_name, device, dtype, args.random_weights, args.seed)
+    int8 = args.dtype == "int8"
+    model = load_mamba(args.model_name, device, dtype, args.random_weights, args.seed, int8)
     tokenizer = _tokenizer(args)
     if args.prompt is None and args.promptlen is not None:
         vocab_size = model.config.vocab_size
@@ -73,7 +75,7 @@ def _generate(args: argparse.Namespace) -> None:
         ids = encode_prompt(tokenizer, args.prompt or DEFAULT_PROMPT, device)
         ids = ids.repeat(args.batch, 1)
     stream = args.batch == 1 if args.stream is None else args.stream
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_parameters(model)
     start = time.perf_counter()
     sequences = _run(model, ids, tokenizer, args, stream and tokenizer is not None)
     seconds = time.perf_counter() - start
@@ -86,7 +88,8 @@ def _generate(args: argparse.Namespace) -> None:
     print(f"Number of parameters: {parameters:,}")
     print(f"Prompt length: {ids.shape[1]}, generated: {generated} tokens")
     rate = args.batch * generated / seconds
-    print(f"Prompt and generation: {seconds:.2f} s, {rate:.1f} tokens/s ({device}, {dtype})")
+    where = f"{device}, {args.dtype or dtype}"
+    print(f"Prompt and generation: {seconds:.2f} s, {rate:.1f} tokens/s ({where})")
 
 
 def _tokenizer(args: argparse.Namespace) -> Any:

@@ -19,7 +19,9 @@ KNOWN_SHAPES = {
     "state-spaces/mamba-2.8b": (2560, 64),
     "state-spaces/mamba-2.8b-slimpj": (2560, 64),
 }
-DTYPES = ("float32", "float16", "bfloat16")
+FLOATS = ("float32", "float16", "bfloat16")
+# int8 is about the large weights; activations and the rest have the device's default dtype.
+DTYPES = (*FLOATS, "int8")
 
 
 class CommandError(Exception):
@@ -73,7 +75,9 @@ def add_model_options(parser: argparse.ArgumentParser, default: str | None, says
         "--device", metavar="DEVICE", help="such as cpu or cuda:0 (default: cuda if there is one)"
     )
     group.add_argument(
-        "--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU"
+        "--dtype",
+        choices=DTYPES,
+        help="default: float16 on a GPU, float32 on the CPU; int8: weights only, for inference",
     )
     group.add_argument("--seed", type=NOT_NEGATIVE, metavar="N", help="makes sampling reproducible")
     group.add_argument(
@@ -175,16 +179,23 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype of that name; by default float16 on a GPU and float32 elsewhere."""
-    if name is None:
+    """The dtype of that name; by default, and beside int8 weights, float16 on a GPU and float32
+    elsewhere."""
+    if name is None or name == "int8":
         return torch.float16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
 
 
 def load_mamba(
-    name: str, device: torch.device, dtype: torch.dtype, random_weights: bool, seed: int | None
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    random_weights: bool,
+    seed: int | None,
+    int8: bool = False,
 ) -> nn.Module:
-    """A MambaLMHeadModel in eval mode, with its weights or with random ones of its shape.
+    """A MambaLMHeadModel in eval mode, with its weights or with random ones of its shape, and its
+    large weights in int8 if asked.
 
     Raises:
         CheckpointError: when it cannot be loaded; the message says what to do.
@@ -194,14 +205,28 @@ def load_mamba(
     from mamba_ssm.utils.hf import load_config_hf
 
     if not random_weights:
-        return MambaLMHeadModel.from_pretrained(name, device=device, dtype=dtype).eval()
+        model = MambaLMHeadModel.from_pretrained(name, device=device, dtype=dtype).eval()
+        return model.quantize_("int8") if int8 else model
     if name in KNOWN_SHAPES:
         d_model, n_layer = KNOWN_SHAPES[name]
         config = MambaConfig(d_model=d_model, n_layer=n_layer, vocab_size=50277)
     else:
         config = MambaConfig(**load_config_hf(name))
     torch.manual_seed(seed or 0)
-    return MambaLMHeadModel(config, device=device, dtype=dtype).eval()
+    model = MambaLMHeadModel(config, device=device, dtype=dtype).eval()
+    return model.quantize_("int8") if int8 else model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many weights a model has, int8 ones included and tied ones counted once."""
+    from mamba_ssm.inference import Int8Linear
+
+    total = sum(p.numel() for p in model.parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Linear):
+            tied = name == "lm_head" and model.config.tie_embeddings
+            total += 0 if tied else module.quantized.numel()
+    return total
 
 
 def encode_prompt(tokenizer: Any, text: str, device: torch.device) -> Tensor:

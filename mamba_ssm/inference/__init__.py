@@ -1,5 +1,14 @@
 """Models prepared for inference: decoding on the CPU from packed weights, int8 weights."""
 
 from mamba_ssm.inference.cpu_decoder import CpuDecoder, decoder_for, release, why_not
+from mamba_ssm.inference.int8 import Int8Linear, is_quantized, quantize_
 
-__all__ = ["CpuDecoder", "decoder_for", "release", "why_not"]
+__all__ = [
+    "CpuDecoder",
+    "Int8Linear",
+    "decoder_for",
+    "is_quantized",
+    "quantize_",
+    "release",
+    "why_not",
+]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_ssm.inference.int8 import Int8Linear
 from mamba_ssm.inference.pack import pack_model
 from mamba_ssm.modules import block as block_module
 from mamba_ssm.modules import mamba_simple
@@ -81,7 +82,7 @@ def _check_process() -> None:
 def _leaves(model: nn.Module) -> list[tuple[str, nn.Module, tuple[type[nn.Module], ...]]]:
     """Every module whose weights are packed, with the types it may have; checks the others."""
     backbone = model.backbone
-    linear = (nn.Linear,)
+    linear = (nn.Linear, Int8Linear)
     leaves = [
         ("embedding", backbone.embedding, (nn.Embedding,)),
         ("norm_f", backbone.norm_f, (nn.LayerNorm, RMSNorm)),
@@ -118,31 +119,33 @@ def _check_model(model: nn.Module) -> list[Tensor]:
             raise NotServed(f"{name} has a forward of its own")
     if not backbone.layers:
         raise NotServed("the model has no layers")
-    tensors: list[Tensor] = []
+    floats: list[Tensor] = []
+    others = [t for block in backbone.layers for t in (block.mixer.A_log, block.mixer.D)]
     for name, module, kinds in _leaves(model):
         _check_plain(name, module, *kinds)
-        if not is_plain(module, *kinds):
+        if isinstance(module, Int8Linear):
+            others += [module.quantized, module.scales]
+        elif is_plain(module, *kinds):
+            floats.append(module.weight)
+        else:
             raise NotServed(f"{name} is not plain any more (parametrized, or another tensor type)")
-        tensors += [
-            module.weight,
-            *([] if getattr(module, "bias", None) is None else [module.bias]),
-        ]
+        if getattr(module, "bias", None) is not None:
+            floats.append(module.bias)
     if backbone.embedding.max_norm is not None:
         raise NotServed("the embedding renormalises its rows")
     mixers = [block.mixer for block in backbone.layers]
     sizes = {(m.d_inner, m.d_state, m.d_conv, m.dt_rank) for m in mixers}
     if len(sizes) > 1:
         raise NotServed("the layers differ in size")
-    states = [t for mixer in mixers for t in (mixer.A_log, mixer.D)]
-    dtype = model.lm_head.weight.dtype
-    if dtype not in _DTYPES or any(t.dtype != dtype for t in tensors):
+    dtype = backbone.embedding.weight.dtype
+    if dtype not in _DTYPES or any(t.dtype != dtype for t in floats):
         raise NotServed("the weights are not all fp32, all bf16 or all fp16")
-    for tensor in tensors + states:
+    for tensor in floats + others:
         if tensor.device.type != "cpu" or tensor.layout != torch.strided:
             raise NotServed("not all weights are dense and on the CPU")
         if tensor.is_inference():
             raise NotServed("weights made in inference mode do not tell when they change")
-    return tensors + states
+    return floats + others
 
 
 def _sample(tensors: list[Tensor]) -> Tensor:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_ssm.inference.int8 import Int8Linear
 from mamba_ssm.ops.decode_layout import (
     ABSENT,
     ALIGNMENT,
     KINDS,
     Sizes,
-    pack_weight,
     padded,
     visit,
 )
@@ -43,6 +43,10 @@ def zeroed_buffer(size: int) -> Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping alive
     start = -whole.data_ptr() % _HUGE_PAGE
     return whole[start : start + size]
+
+
+def _pack(weight: Tensor, into: Tensor) -> None:
+    torch.ops.mamba_ssm._pack_weight.default(weight.to(into.dtype).contiguous(), into)
 
 
 class PackWriter:
@@ -88,12 +92,12 @@ class PackWriter:
             out,
             inputs // groups if scales is not None else width,
         ]
-        self._place(padded(out) * width, weight.dtype, lambda piece: pack_weight(weight, piece))
+        self._place(padded(out) * width, weight.dtype, lambda piece: _pack(weight, piece))
         if scales is None:
             self.entries.append(ABSENT)
         else:
             count = padded(out) * groups
-            self._place(count, torch.float32, lambda piece: pack_weight(scales.float(), piece))
+            self._place(count, torch.float32, lambda piece: _pack(scales, piece))
         self.floats(bias, (padded(out),))
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -106,9 +110,9 @@ class PackWriter:
 
 def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(weight, bias, scales or None) of a linear layer, int8 or not."""
-    scales = getattr(module, "scales", None)
-    weight = module.weight if scales is None else module.quantized
-    return weight.detach(), module.bias, scales
+    if isinstance(module, Int8Linear):
+        return module.quantized, module.bias, module.scales
+    return module.weight, module.bias, None
 
 
 def pack_model(model: nn.Module) -> tuple[Tensor, Tensor]:

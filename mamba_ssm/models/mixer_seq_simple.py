@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mamba_ssm.inference import cpu_decoder
+from mamba_ssm.inference import cpu_decoder, is_quantized, quantize_
 from mamba_ssm.models.config_mamba import MambaConfig, check_attn_layer_idx
 from mamba_ssm.models.loss import chunked_cross_entropy, shifted_targets
 from mamba_ssm.modules.block import Block, add_norm
@@ -328,7 +328,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
 
     def tie_weights(self) -> None:
         """Make ``lm_head`` share the embedding's weight, when the configuration says so."""
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and not is_quantized(self.lm_head):
             self.lm_head.weight = self.backbone.embedding.weight
 
     def allocate_inference_cache(
@@ -350,6 +350,16 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
     def release_inference_packs(self) -> None:
         """Free the packed copy of the weights that decoding on a CPU has made, if any."""
         cpu_decoder.release(self)
+
+    def quantize_(self, scheme: str = "int8", group_size: int | None = None) -> MambaLMHeadModel:
+        """Replace the large linear layers by int8 ones (weights only), in place; returns self.
+
+        For inference: such a model cannot be trained or saved. Each output channel has a scale, or
+        each ``group_size`` inputs of one. Raises ValueError, see ``mamba_ssm.inference.quantize_``.
+        """
+        quantize_(self, scheme, group_size)
+        self.release_inference_packs()
+        return self
 
     def train(self, mode: bool = True) -> MambaLMHeadModel:
         """As ``nn.Module.train``; training mode frees the packed copy of the weights."""
@@ -467,7 +477,13 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         extras: dict[str, Any] | None = None,
     ) -> None:
         """Write ``config.json`` and safetensors; the arguments are those of
-        ``save_pretrained_dir``: ``format="hf"`` is for transformers. Raises CheckpointError."""
+        ``save_pretrained_dir``: ``format="hf"`` is for transformers. Raises CheckpointError, also
+        for a model with int8 weights."""
+        if is_quantized(self):
+            raise CheckpointError(
+                "int8 weights have no checkpoint format: save the model before quantize_, and "
+                "quantize it again after loading"
+            )
         save_pretrained_dir(
             self.state_dict(), self.config, save_directory, format, max_shard_size, extras
         )

@@ -87,24 +87,6 @@ def visit(sizes: Sizes, norm: Callable, weight: Callable, array: Callable) -> No
             weight(name, layer, *size)
 
 
-def pack_weight(weight: Tensor, into: Tensor) -> None:
-    """Write a linear weight (out, in) into its zeroed place in a pack."""
-    out, inputs = weight.shape
-    pairs = 2 if weight.dtype == torch.bfloat16 else 1
-    target = into.view(padded(out) // BLOCK, padded(inputs, pairs) // pairs, BLOCK, pairs)
-    even = inputs // pairs * pairs
-    for begin, end in ((0, out // BLOCK * BLOCK), (out // BLOCK * BLOCK, out)):
-        if begin == end:
-            continue
-        rows = min(BLOCK, end - begin)
-        blocks = weight[begin:end].reshape(-1, rows, inputs)
-        block = slice(begin // BLOCK, begin // BLOCK + len(blocks))
-        whole = blocks[..., :even].unflatten(2, (-1, pairs)).transpose(1, 2)
-        target[block, : even // pairs, :rows].copy_(whole)
-        if even < inputs:
-            target[block, -1, :rows, 0] = blocks[..., -1]
-
-
 def unpack_weight(packed: Tensor, out: int, inputs: int) -> Tensor:
     """The linear weight (out, in) that a flat piece of a pack holds, in its dtype."""
     pairs = 2 if packed.dtype == torch.bfloat16 else 1

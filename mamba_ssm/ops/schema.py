@@ -4,7 +4,7 @@ The ops live in the torch namespace ``mamba_ssm::``, are private, have fixed ari
 autograd: the public functions wrap them in ``torch.autograd.Function``. Each op exists twice:
 
 - ``_name``: dispatches to a compiled kernel where one is registered, else to the reference;
-- ``_name.reference``: always the pure PyTorch reference, so that a backend can be chosen explicitly.
+- ``_name.reference``: always the pure PyTorch reference, so that it can be chosen explicitly.
 
 Letters: b batch, d channels, l length, n state size, g groups, w conv width, S number of states
 (the batch, or with ``seq_idx`` the number of sequences), k number of chunks. An absent optional
@@ -149,8 +149,10 @@ OPS: tuple[Op, ...] = (
         "_selective_scan_fwd",
         "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
         "Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, Tensor? seq_idx, "
-        "SymInt num_states, SymInt chunk_size) -> (Tensor out, Tensor final_state, Tensor chunk_states)",
-        "u, delta, z (b,d,l); A (d,n); B, C (d,n) or (b,g,n,l) -> out (b,d,l), final_state (S,d,n), "
+        "SymInt num_states, SymInt chunk_size) -> "
+        "(Tensor out, Tensor final_state, Tensor chunk_states)",
+        "u, delta, z (b,d,l); A (d,n); B, C (d,n) or (b,g,n,l) -> out (b,d,l), final_state "
+        "(S,d,n), "
         "chunk_states (b,k,d,n): the state entering each chunk of chunk_size steps",
         _ref_scan.selective_scan_fwd,
         _scan_fwd_fake,
@@ -162,7 +164,8 @@ OPS: tuple[Op, ...] = (
         "Tensor? seq_idx, SymInt num_states, SymInt chunk_size, Tensor chunk_states) -> "
         "(Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, "
         "Tensor ddelta_bias, Tensor dinitial_state)",
-        "gradients of _selective_scan_fwd; du, ddelta, dB, dC, dz in their input's dtype, the rest fp32",
+        "gradients of _selective_scan_fwd; du, ddelta, dB, dC, dz in their input's dtype, the rest "
+        "fp32",
         _ref_scan.selective_scan_bwd,
         _scan_bwd_fake,
     ),
@@ -188,15 +191,15 @@ OPS: tuple[Op, ...] = (
         "_causal_conv1d_update",
         "(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu, "
         "Tensor? cache_seqlens, Tensor? conv_state_indices) -> Tensor",
-        "the convolution for a few new inputs x (b,d,l); conv_state (S,d,s>=w-1) is moved on in place, "
-        "as a ring buffer when cache_seqlens is given",
+        "the convolution for a few new inputs x (b,d,l); conv_state (S,d,s>=w-1) is moved on in "
+        "place, as a ring buffer when cache_seqlens is given",
         _ref_conv.causal_conv1d_update,
         _conv_update_fake,
     ),
     Op(
         "_state_update",
-        "(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-        "Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices) -> Tensor",
+        "(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+        "Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices) -> Tensor",
         "one step of the recurrence with h heads of p channels: state (S,h,p,n) in place; x, dt, z "
         "(b,h,p); A (h,p,n); B, C (b,g,n); D, dt_bias (h,p) -> (b,h,p)",
         _ref_update.state_update,
@@ -207,16 +210,17 @@ OPS: tuple[Op, ...] = (
         "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool is_rms_norm, "
         "ScalarType? residual_dtype) -> (Tensor y, Tensor residual_out, Tensor mean, Tensor rstd)",
         "rows x (m,d): residual_out = x + residual (absent where it would be x itself), "
-        "y = norm(residual_out) from the unrounded sum; mean (m,) is absent for RMS norm, rstd (m,)",
+        "y = norm(residual_out) from the unrounded sum; mean (m,) is absent for RMS, rstd (m,)",
         _ref_norm.add_norm_fwd,
         _norm_fwd_fake,
     ),
     Op(
         "_add_norm_bwd",
-        "(Tensor dy, Tensor? dresidual_out, Tensor x, Tensor? residual, Tensor weight, Tensor? bias, "
-        "Tensor mean, Tensor rstd, bool is_rms_norm) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-        "gradients of _add_norm_fwd, all fp32; dx is that of the sum x + residual, which may also be "
-        "given whole as x",
+        "(Tensor dy, Tensor? dresidual_out, Tensor x, Tensor? residual, Tensor weight, "
+        "Tensor? bias, Tensor mean, Tensor rstd, bool is_rms_norm) -> "
+        "(Tensor dx, Tensor dweight, Tensor dbias)",
+        "gradients of _add_norm_fwd, all fp32; dx is that of the sum x + residual, which may "
+        "also be given whole as x",
         _ref_norm.add_norm_bwd,
         _norm_bwd_fake,
     ),
@@ -224,10 +228,17 @@ OPS: tuple[Op, ...] = (
         "_decode_step",
         "(Tensor ids, Tensor embedding, Tensor pack, Tensor layout, Tensor(a!)[] conv_states, "
         "Tensor(b!)[] ssm_states) -> Tensor",
-        "one token of a whole language model (ops/decode_layout.py): ids (b,) -> logits (b, vocab) in "
-        "the embedding's dtype; each layer's states (b,d,w) and (b,d,n) are moved on in place",
+        "one token of a whole language model (ops/decode_layout.py): ids (b,) -> logits (b, vocab) "
+        "in the embedding's dtype; each layer's states (b,d,w) and (b,d,n) are moved on in place",
         _ref_decode.decode_step,
         _decode_step_fake,
+    ),
+    Op(
+        "_pack_weight",
+        "(Tensor weight, Tensor(a!) into) -> ()",
+        "a linear weight (out, in), rows contiguous, into its zeroed place in a pack",
+        _ref_decode.pack_weight,
+        lambda weight, into: None,
     ),
 )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..decode_layout import (
     ABSENT,
+    BLOCK,
     KINDS,
     RESIDUAL_DTYPES,
     VERSION,
@@ -131,3 +132,21 @@ def decode_step(
             lambda name, i=i: parts[i, name], sizes, x, conv_states[i], ssm_states[i]
         )
     raise AssertionError("a model has a last layer")
+
+
+def pack_weight(weight: Tensor, into: Tensor) -> None:
+    """Internal op ``_pack_weight``: see ``ops/schema.py``."""
+    out, inputs = weight.shape
+    pairs = 2 if weight.dtype == torch.bfloat16 else 1
+    target = into.view(padded(out) // BLOCK, padded(inputs, pairs) // pairs, BLOCK, pairs)
+    even = inputs // pairs * pairs
+    for begin, end in ((0, out // BLOCK * BLOCK), (out // BLOCK * BLOCK, out)):
+        if begin == end:
+            continue
+        rows = min(BLOCK, end - begin)
+        blocks = weight[begin:end].reshape(-1, rows, inputs)
+        block = slice(begin // BLOCK, begin // BLOCK + len(blocks))
+        whole = blocks[..., :even].unflatten(2, (-1, pairs)).transpose(1, 2)
+        target[block, : even // pairs, :rows].copy_(whole)
+        if even < inputs:
+            target[block, -1, :rows, 0] = blocks[..., -1]
