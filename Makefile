@@ -16,7 +16,7 @@ INSTALL := MAMBA_SSM_BUILD_DEVICES=$(DEVICES) $(PIP) --no-build-isolation
 SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test build cuda bench lint format wheel clean
+.PHONY: demo test build cuda sanitize bench lint format wheel clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.torch:
@@ -51,6 +51,18 @@ build: $(VENV)/.package
 # Compiles the CUDA library whether or not a GPU is here; fails without nvcc.
 cuda: $(VENV)/.package
 	$(BIN)/python -m mamba_ssm build --device cuda
+
+# The CPU kernels' tests with AddressSanitizer and UBSan compiled in: any bad access ends the run.
+SANITIZED := build/sanitize
+SANITIZE_TESTS ?= test_selective_scan.py test_causal_conv1d.py test_norm.py test_state_update.py \
+	test_native_isa.py test_native_conv_norm.py test_native_state_update.py
+sanitize: $(VENV)/.dev
+	$(BIN)/python -m mamba_ssm build --device cpu --sanitize --output $(SANITIZED)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 CXX=g++ \
+	UBSAN_OPTIONS=print_stacktrace=1 MAMBA_SSM_LIBRARY_DIR=$(abspath $(SANITIZED)) \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -k "native and not compiles and not wide_code" \
+	$(addprefix tests/,$(SANITIZE_TESTS))
 
 bench: $(VENV)/.dev $(VENV)/.kernels
 	$(BIN)/python benchmarks/benchmark_generation_mamba_simple.py --promptlen 100 --genlen 100

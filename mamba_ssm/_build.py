@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PACKAGE_DIR = Path(__file__).resolve().parent
@@ -38,6 +38,9 @@ PORTABLE_CUDA_ARCHS = "8.0;9.0+PTX"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Neither changes a result; without them no loop with a comparison of floats is vectorised.
 CXX_FLAGS += ["-fno-trapping-math", "-fno-math-errno"]
+# Instead of -O3 with --sanitize: every load, store and overflow is checked at run time.
+SANITIZE_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+SANITIZE_FLAGS += ["-fno-sanitize-recover=all"]
 # A file named *.isa.cpp is compiled once for each of these, in a namespace of that name, and chosen
 # at run time (csrc/common/cpu_isa.h); *.isa_bf16.cpp for the bf16 and int8 dot products as well.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -50,6 +53,9 @@ X86_ISAS = {
     "avx512_bf16": (16, [*_AVX512, "-mavx512bf16", "-mavx512vnni"]),
 }
 OTHER_ISAS = {"baseline": (4, [])}
+# Vectors wider than the baseline's registers never cross a call, so their ABI is moot; GCC 12 takes
+# the undefined upper halves inside its own intrinsics for uninitialised variables.
+ISA_WARNINGS = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
 
 
@@ -70,6 +76,11 @@ class Toolchain:
     torch_dir: Path
     nvcc: str | None = None
     cuda_archs: str = ""
+    sanitize: bool = False
+
+    @property
+    def cxx_flags(self) -> list[str]:
+        return [*CXX_FLAGS, *(SANITIZE_FLAGS if self.sanitize else [])]
 
 
 def csrc_dir() -> Path:
@@ -211,8 +222,7 @@ def _isa_variants(source: Path) -> dict[str, list[str]]:
     if source.name.endswith(".isa.cpp"):
         isas.pop("avx512_bf16", None)
     return {
-        # Vectors wider than the baseline's registers never cross a call, so their ABI is moot.
-        isa: [f"-DMAMBA_ISA={isa}", f"-DMAMBA_LANES={lanes}", "-Wno-psabi", *flags]
+        isa: [f"-DMAMBA_ISA={isa}", f"-DMAMBA_LANES={lanes}", *ISA_WARNINGS, *flags]
         for isa, (lanes, flags) in isas.items()
     }
 
@@ -233,7 +243,7 @@ def _compile_steps(tools: Toolchain, build_dir: Path) -> list[_Step]:
             command = [tools.nvcc, *NVCC_FLAGS, "-ccbin", tools.cxx]
             command += nvcc_arch_flags(tools.cuda_archs)
         else:
-            command = [tools.cxx, *CXX_FLAGS, *flags]
+            command = [tools.cxx, *tools.cxx_flags, *flags]
             if source.parent == csrc:  # the bindings, the only files that see torch
                 command += [target, "-isystem", str(tools.torch_dir / "include")]
                 if tools.device == "cuda":
@@ -247,7 +257,9 @@ def _link_steps(tools: Toolchain, objects: list[Path], build_dir: Path) -> list[
     output = build_dir / LIBRARIES[tools.device]
     torch_libs = ["-L", str(tools.torch_dir / "lib"), "-ltorch_cpu", "-lc10"]
     if tools.device == "cpu":
-        command = [tools.cxx, "-shared", "-o", str(output), *map(str, objects), *torch_libs]
+        sanitizers = SANITIZE_FLAGS if tools.sanitize else []
+        command = [tools.cxx, "-shared", *sanitizers, "-o", str(output), *map(str, objects)]
+        command += torch_libs
         return [_Step(command, output, objects)]
     # The current CUDA stream comes from libtorch_cuda, which a CPU build of torch does not have. An
     # empty library of that name leaves the DT_NEEDED entry that finds the real one at load time.
@@ -324,7 +336,7 @@ def build_library(tools: Toolchain, output_dir: Path, verbose: bool = False) -> 
     With ninja, sources whose text and options did not change are not compiled again; without it
     the compilers are called one after another for all of them. Raises BuildFailed.
     """
-    build_dir = _build_dir(tools.device)
+    build_dir = _build_dir(tools.device + ("-sanitize" if tools.sanitize else ""))
     target = output_dir / LIBRARIES[tools.device]
     try:
         (build_dir / "stub").mkdir(parents=True, exist_ok=True)
@@ -358,7 +370,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda or all; default: cpu, and cuda if nvcc is here")
     parser.add_argument("--output", type=Path, default=PACKAGE_DIR, help="folder of the libraries")
     parser.add_argument("--verbose", action="store_true", help="print the compiler calls")
+    parser.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="CPU kernels that check themselves (AddressSanitizer, UBSan), for --output elsewhere",
+    )
     args = parser.parse_args(argv)
+    if args.sanitize and (args.device != "cpu" or args.output == PACKAGE_DIR):
+        parser.error("--sanitize needs --device cpu and an --output other than the package")
     try:
         named = requested_devices(args.device) if args.device else []
     except ValueError as error:
@@ -366,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = False
     for device in named or list(LIBRARIES):
         try:
-            tools = find_toolchain(device)
+            tools = replace(find_toolchain(device), sanitize=args.sanitize)
         except BuildUnavailable as error:
             needed = device == "cpu" or device in named
             failed |= needed

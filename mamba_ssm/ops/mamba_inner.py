@@ -19,6 +19,7 @@ from ._checks import check_device, check_dtype, check_shape
 from .causal_conv1d import causal_conv1d_ref
 from .chunking import chunk_size_for
 from .dtypes import accumulate_dtype, kernel_dtype, no_wider_than
+from .layout import is_channel_last
 from .reference.scan_oracle import selective_scan_sequential
 from .scan_checks import check_projection_shape
 from .scan_groups import same_groups, sum_groups
@@ -220,6 +221,13 @@ def _scan_arguments(ctx, args: _Args, conv_out: Tensor, p: _Projected) -> tuple:
     )  # fmt: skip
 
 
+def _cat_channels(x: Tensor, z: Tensor, like: Tensor) -> Tensor:
+    """[x; z] along the channels, in the memory layout of ``like``."""
+    if is_channel_last(like):
+        return torch.cat([x.transpose(1, 2), z.transpose(1, 2)], dim=2).transpose(1, 2)
+    return torch.cat([x, z], dim=1)
+
+
 def _backward(ctx, args: _Args, dout, y, states, x_dbl, conv_out, p: _Projected) -> tuple:
     """Gradients of every tensor of ``args``, in its order, in whatever dtype they come."""
     x = args.xz.chunk(2, dim=1)[0]
@@ -255,7 +263,8 @@ def _backward(ctx, args: _Args, dout, y, states, x_dbl, conv_out, p: _Projected)
         d_conv_out, None, x, args.conv_weight, args.conv_bias, None, None, batch, True
     )
     return (
-        torch.cat([dx, dz.to(dx.dtype)], dim=1), d_conv_weight, d_conv_bias, d_x_proj, d_delta_proj,
+        _cat_channels(dx, dz.to(dx.dtype), args.xz), d_conv_weight, d_conv_bias, d_x_proj,
+        d_delta_proj,
         d_out_proj, rows_out.sum(dim=0, dtype=accumulate_dtype(dout)), dA, dB, dC, dD, ddelta_bias,
         *biases, *norms, d_dt_rms,
     )  # fmt: skip

@@ -19,6 +19,7 @@ import torch
 NAMESPACE = "mamba_ssm"
 DISABLE_VARIABLE = "MAMBA_SSM_DISABLE_NATIVE"
 CPU_ISA_VARIABLE = "MAMBA_SSM_CPU_ISA"
+LIBRARY_DIR_VARIABLE = "MAMBA_SSM_LIBRARY_DIR"
 MIN_TORCH = (2, 10)
 
 _PACKAGE_DIR = Path(__file__).resolve().parent.parent
@@ -37,8 +38,12 @@ def _torch_version() -> tuple[int, int]:
 
 
 def library_path(device_type: str) -> Path:
-    """Where the library of a device ("cpu" or "cuda") is expected. Raises KeyError for others."""
-    return _PACKAGE_DIR / _LIBRARIES[device_type]
+    """Where the library of a device ("cpu" or "cuda") is expected. Raises KeyError for others.
+
+    Beside the package, or in the folder that ``MAMBA_SSM_LIBRARY_DIR`` names (another build of the
+    kernels, such as the one of ``make sanitize``).
+    """
+    return Path(os.environ.get(LIBRARY_DIR_VARIABLE) or _PACKAGE_DIR) / _LIBRARIES[device_type]
 
 
 def _reason_to_skip(device_type: str) -> str | None:
