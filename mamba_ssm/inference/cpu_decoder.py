@@ -120,8 +120,9 @@ def _check_model(model: nn.Module) -> list[Tensor]:
     if not backbone.layers:
         raise NotServed("the model has no layers")
     floats: list[Tensor] = []
+    leaves = _leaves(model)
     others = [t for block in backbone.layers for t in (block.mixer.A_log, block.mixer.D)]
-    for name, module, kinds in _leaves(model):
+    for name, module, kinds in leaves:
         _check_plain(name, module, *kinds)
         if isinstance(module, Int8Linear):
             others += [module.quantized, module.scales]

@@ -70,7 +70,7 @@ class Int8Linear(nn.Module):
             )
         step = max(1, _MAX_FLOATS // self.in_features)
         parts = [slice(i, i + step) for i in range(0, self.out_features, step)]
-        bias = None if self.bias is None else self.bias.detach()
+        bias = None if self.bias is None else self.bias.detach().to(x.dtype)
         outs = [
             F.linear(x, self._dequantized(rows, x.dtype), None if bias is None else bias[rows])
             for rows in parts
