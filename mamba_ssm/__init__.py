@@ -1,9 +1,9 @@
-"""Mamba: selective state space models (arXiv 2312.00752), with the names of the historical package."""
+"""Mamba: selective state space models (arXiv 2312.00752), with the historical names."""
 
 __version__ = "1.3.0"
 
-from .modules.mamba_simple import Mamba
 from .models.mixer_seq_simple import MambaLMHeadModel
+from .modules.mamba_simple import Mamba
 from .ops.backend import backend
 from .ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
 from .ops.selective_state_update import selective_state_update
@@ -11,9 +11,9 @@ from .ops.selective_state_update import selective_state_update
 __all__ = [
     "Mamba",
     "MambaLMHeadModel",
+    "__version__",
     "backend",
     "mamba_inner_fn",
     "selective_scan_fn",
     "selective_state_update",
-    "__version__",
 ]
