@@ -4,8 +4,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-PROMPT ?= def fibonacci(n):
-GENLEN ?= 200
+# What `make demo` passes on: --prompt "...", --genlen N, --seed N, ...
+DEMO_ARGS ?= --seed 1
 PYTEST_ARGS ?= -q -n 2
 
 BIN := $(VENV)/bin
@@ -40,7 +40,7 @@ $(VENV)/.kernels: $(VENV)/.package mamba_ssm/_build.py $(SOURCES)
 	@touch $@
 
 demo: $(VENV)/.package
-	$(BIN)/python -m mamba_ssm generate --prompt "$(PROMPT)" --genlen $(GENLEN) --stream
+	$(BIN)/python -m mamba_ssm generate --stream $(DEMO_ARGS)
 
 test: $(VENV)/.dev $(VENV)/.kernels
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

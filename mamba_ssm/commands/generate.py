@@ -27,7 +27,14 @@ from mamba_ssm.commands.loading import (
 
 PROG = "mamba-generate"
 # The embedded model has read Python.
-DEFAULT_PROMPT = "def fibonacci(n):\n"
+DEFAULT_PROMPT = '''"""Small containers."""
+
+
+class Stack:
+    """Last in, first out."""
+
+    def __init__(self):
+'''
 
 EXAMPLES = """examples:
   mamba-generate
@@ -88,7 +95,7 @@ def _generate(args: argparse.Namespace) -> None:
     print(f"Number of parameters: {parameters:,}")
     print(f"Prompt length: {ids.shape[1]}, generated: {generated} tokens")
     rate = args.batch * generated / seconds
-    where = f"{device}, {args.dtype or dtype}"
+    where = f"{device}, {dtype}" + (", int8 weights" if int8 else "")
     print(f"Prompt and generation: {seconds:.2f} s, {rate:.1f} tokens/s ({where})")
 
 
