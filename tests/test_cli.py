@@ -173,7 +173,7 @@ USAGE = [
     (["--batch", "0"], "--batch: must be an integer >= 1, got '0'"),
     (["--repetition-penalty", "0"], "--repetition-penalty: must be > 0 and finite, got '0'"),
     (["--seed", "x"], "--seed: must be an integer >= 0, got 'x'"),
-    (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+    (["--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
     (["--nonsense"], "unrecognized arguments: --nonsense"),
 ]
 

@@ -359,13 +359,13 @@ def test_other_reasons(monkeypatch):
         hybrid = make_model(attn_layer_idx=[1], attn_cfg={"num_heads": 2})
         assert "mixer is a MHA" in cpu_decoder.why_not(hybrid)
         assert "has an MLP" in cpu_decoder.why_not(make_model(d_intermediate=16))
+        with torch.inference_mode():
+            born = make_model()
+            assert "inference mode" in cpu_decoder.why_not(born)
         from mamba_ssm.modules import mamba_simple
 
         monkeypatch.setattr(mamba_simple, "selective_state_update", None)
         assert "selective_state_update was replaced" in cpu_decoder.why_not(model)
-    with torch.inference_mode():
-        born = make_model()
-        assert "inference mode" in cpu_decoder.why_not(born)
 
 
 def test_copies_and_pickles_hold_no_pack():

@@ -14,6 +14,7 @@ import torch
 from generation_helpers import BYTE_VOCAB, byte_model_dir, tiny_lm
 
 from mamba_ssm import MambaLMHeadModel
+from mamba_ssm.inference import is_quantized
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "evals" / "lm_harness_eval.py"
@@ -203,11 +204,21 @@ def test_sampling_and_sequence_options_reach_the_model(harness, directory):
         model._model_generate(context, stop=[], max_length=30, num_beams=4)
 
 
+def test_int8_weights(harness):
+    wrapper = harness.MambaEvalWrapper(pretrained="embedded", device="cpu", dtype="int8")
+    assert is_quantized(wrapper.model)
+    assert wrapper.get_model_info()["model_num_parameters"] == 3602688
+    assert wrapper.model.backbone.embedding.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"pretrained": "/no/such/directory"}, "there is no directory '/no/such/directory'"),
-        ({"dtype": "int8"}, "dtype must be auto or one of ('float32', 'float16', 'bfloat16')"),
+        (
+            {"dtype": "int4"},
+            "dtype must be auto or one of ('float32', 'float16', ",
+        ),
     ],
     ids=str,
 )
