@@ -239,7 +239,8 @@ def table(rows: list[Row]) -> str:
         spread = "" if row.low is None else f"{_number(row.low)}-{_number(row.high)}"
         ratio = "" if row.ours_is_times is None else f"{row.ours_is_times:.2f} x"
         memory = "" if row.peak_mb is None else f"peak +{row.peak_mb:.0f} MB"
-        note = "; ".join(filter(None, [memory, row.note]))
+        few = f"{row.rounds} round{'s' * (row.rounds > 1)} only" if 0 < row.rounds < 3 else ""
+        note = "; ".join(filter(None, [memory, few, row.note]))
         cells = (row.case, row.implementation, _number(row.value), spread, row.unit, ratio)
         lines.append((*cells, row.target, row.verdict, note))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
