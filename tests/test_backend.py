@@ -189,6 +189,14 @@ def test_no_warning_when_the_reference_was_chosen_or_for_work_without_kernels():
     assert done.stdout.splitlines() == ["explicit 0", "auto 0"], done
 
 
+def test_a_library_without_the_kernel_is_named_as_the_reason(kernels, monkeypatch):
+    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(native, "_status", {"cpu": (True, "loaded from somewhere")})
+    kernels.pop(("_add_norm_fwd", "cpu"), None)
+    with pytest.warns(RuntimeWarning, match="the cpu library has no kernel for _add_norm_fwd"):
+        backend.resolve("_add_norm_fwd", "cpu", torch.float32)
+
+
 # -- the report ------------------------------------------------------------------------------------
 
 
@@ -221,14 +229,14 @@ def test_report_follows_the_choice(kernels):
         assert {row["backend"] for row in backend.report()} == {"none"}
 
 
-def _registered(source: Path) -> set[str]:
-    return set(re.findall(r'm\.impl\("(\w+)"', source.read_text()))
+def _registered(device_type: str) -> set[str]:
+    sources = sorted((ROOT / "csrc").glob(f"bindings_{device_type}*.cpp"))
+    return {op for path in sources for op in re.findall(r'm\.impl\("(\w+)"', path.read_text())}
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_shipped_kernels_are_those_that_the_sources_register(device_type):
-    source = ROOT / "csrc" / f"bindings_{device_type}.cpp"
-    assert _registered(source) == backend.SHIPPED_KERNELS[device_type]
+    assert _registered(device_type) == backend.SHIPPED_KERNELS[device_type]
     assert backend.SHIPPED_KERNELS[device_type] <= set(NAMES)
 
 

@@ -73,7 +73,7 @@ def test_shell_blocks(mark, command, tmp_path):
 
 def test_blocks_are_found():
     assert len(PYTHON) >= 6
-    assert sum(mark.startswith("run") for mark, _ in SHELL) >= 3
+    assert sum(mark.startswith("run") for mark, _ in SHELL) >= 2
     assert README.count("```") == 2 * len(re.findall(r"^```\w+$", README, re.M))
 
 
@@ -88,7 +88,10 @@ def test_the_table_of_backends_is_what_is_shipped():
         assert op.name in stated, f"README.md's table of backends lacks {op.name}"
         for device, backend in stated.pop(op.name).items():
             shipped = "native" if op.name in SHIPPED_KERNELS[device] else "reference"
-            assert backend == shipped, f"README.md: {op.name} on {device}: {shipped} serves it"
+            wrong = (
+                f"README.md's table says {backend} for {op.name} on {device}, but {shipped} runs"
+            )
+            assert backend == shipped, wrong
     assert not stated, f"README.md's table of backends names unknown ops: {sorted(stated)}"
 
 
@@ -136,4 +139,5 @@ def test_named_files_exist():
         text = (ROOT / name).read_text(encoding="utf-8")
         named = re.findall(r"`((?:mamba_ssm|csrc|tests|tools|examples|evals)/[\w./]+)`", text)
         for path in named:
-            assert (ROOT / path).exists(), f"{name} names {path}"
+            # NAME stands for the name of an op or kernel to be added.
+            assert "NAME" in path or (ROOT / path).exists(), f"{name} names {path}"

@@ -34,6 +34,8 @@ SHIPPED_KERNELS = {
             "_add_norm_fwd",
             "_add_norm_bwd",
             "_state_update",
+            "_decode_step",
+            "_pack_weight",
         }
     ),
     "cuda": frozenset({"_state_update"}),
@@ -84,17 +86,18 @@ def why_not_native(op: str, device_type: str, dtype: torch.dtype) -> str | None:
         loaded, reason = native.status().get(
             device_type, (False, f"no kernels exist for {device_type!r}")
         )
-        return f"the {device_type} library has no kernel for {op} yet" if loaded else reason
+        return f"the {device_type} library has no kernel for {op}" if loaded else reason
     if dtype not in _FLOATS:
         return f"the {device_type} kernels take fp32, fp16 and bf16, not {dtype}"
     return None
 
 
-def _warn_slower(device_type: str) -> None:
+def _warn_slower(op: str, device_type: str, dtype: torch.dtype) -> None:
     if torch.compiler.is_compiling() or device_type in _warned:
         return
     _warned.add(device_type)
-    reason = native.status()[device_type][1]
+    # A loaded library without the kernel was compiled from older sources.
+    reason = why_not_native(op, device_type, dtype)
     warnings.warn(
         f"mamba_ssm runs on the slower pure PyTorch reference on {device_type!r}: {reason}. "
         "`python -m mamba_ssm build` compiles the kernels; `python -m mamba_ssm info` tells more; "
@@ -124,7 +127,7 @@ def resolve(op: str, device_type: str, dtype: torch.dtype) -> Callable:
             f"{why_not_native(op, device_type, dtype)}"
         )
     if op in SHIPPED_KERNELS.get(device_type, ()) and not native.has_kernel(op, device_type):
-        _warn_slower(device_type)
+        _warn_slower(op, device_type, dtype)
     return _REFERENCE[op]
 
 
