@@ -1,7 +1,7 @@
 """Prefill with the pure PyTorch reference against transformers' own path, in one run.
 
     python benchmarks/prefill_reference.py --threads 2
-    python benchmarks/prefill_reference.py --threads 2 --csv benchmarks/results/prefill.csv
+    python benchmarks/prefill_reference.py --threads 2 --csv prefill.csv
 
 Both models have mamba-130m's shape and the same random weights, fill their caches and give the last
 position's logits, which must agree before anything is timed. transformers would take its ops from
