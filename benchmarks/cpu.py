@@ -105,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     about = facts()
     print("  ".join(f"{key} {value or 'none'}" for key, value in about.items()), flush=True)
+    if float(about["load_before"]) > 0.5:
+        print(f"WARNING: the machine is busy (load {about['load_before']}): verdicts mean little")
     bench = Bench(args.threads, args.rounds, args.shape, args.budget)
     rows: list[Row] = []
     with mamba_ssm.backend("auto"):

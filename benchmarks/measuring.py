@@ -185,7 +185,7 @@ def _row(contest: Contest, contestant: Contestant) -> Row:
 
 
 def _judge_value(row: Row, bound: float) -> None:
-    row.target = f"<= {bound:g} {row.unit}"
+    row.target, row.note = f"<= {bound:g} {row.unit}", "bound set for 2 Zen 4 cores"
     row.verdict = "met" if row.value is not None and row.value <= bound else "MISSED"
 
 

@@ -16,6 +16,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 if not FOLDER.is_dir():
     pytest.skip("the benchmarks are not beside the tests", allow_module_level=True)
 sys.path.insert(0, str(FOLDER))
+import cases_lm  # noqa: E402
 import cpu  # noqa: E402
 import measuring  # noqa: E402
 import peers_llama  # noqa: E402
@@ -117,6 +118,19 @@ def test_chunks_continue_one_sequence():
     consume = model.chunk_runner(8)
     pieces = [consume(part) for part in ids.split(8, dim=1)]
     torch.testing.assert_close(pieces[-1][:, -1], model.prefill(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_a_stream_tells_whether_it_reached_its_end(monkeypatch):
+    torch.manual_seed(0)
+    model = OurModel(MambaLMHeadModel(MambaConfig(**SHAPES["tiny"])).eval())
+    speed, flat, memory = cases_lm._stream("c", model, 384, 96, 8, 60)
+    assert "96 tokens" in speed.note and speed.rounds == 10 and flat.value > 0
+    assert not flat.note and "no verdict" != flat.verdict
+    clock = itertools.count()
+    monkeypatch.setattr(cases_lm.time, "perf_counter", lambda: float(next(clock)))
+    speed, flat, memory = cases_lm._stream("c", model, 384, 96, 8, 10)
+    assert speed.rounds < 10 and "stopped after 10 s" in flat.note
+    assert flat.verdict == memory.verdict == "no verdict"
 
 
 def test_reading_takes_longer_for_more():
