@@ -1,6 +1,8 @@
 #include "decode.h"
 
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 #include "../../common/simd.h"
 #include "../../linear/cpu/product.h"
@@ -41,17 +43,28 @@ struct Activations {
 
   const void* tile(const Tile& t) const { return data + t.first * in / (pairs ? 2 : 1); }
 
-  // Inputs [k, k + count) of one row.
+  // Inputs [k, k + count) of one row; k is a multiple of kBlock.
   MAMBA_INLINE void put(const Tile& t, int64_t row, int64_t k, const float* values,
                         int64_t count) const {
-    float* const start = data + t.first * in / (pairs ? 2 : 1);
-    if (pairs) {
-      auto* p = reinterpret_cast<uint16_t*>(start) + 2 * row;
-      for (int64_t i = 0; i < count; ++i) {
-        p[(k + i) / 2 * 2 * t.width + (k + i) % 2] = float_to_bfloat16(values[i]);
+    if (!pairs) {
+      float* const start = data + t.first * in + row;
+      for (int64_t i = 0; i < count; ++i) start[(k + i) * t.width] = values[i];
+      return;
+    }
+    auto* const start = reinterpret_cast<uint32_t*>(data + t.first * in / 2) + row;
+    for (int64_t done = 0; done < count; done += kBlock) {
+      const int64_t now = std::min(kBlock, count - done);
+      uint16_t rounded[kBlock] = {};
+      if (now == kBlock) {
+        for (int64_t i = 0; i < kBlock; i += kLanes) {
+          store_bfloat16(rounded + i, load(values + done + i));
+        }
+      } else {
+        for (int64_t i = 0; i < now; ++i) rounded[i] = float_to_bfloat16(values[done + i]);
       }
-    } else {
-      for (int64_t i = 0; i < count; ++i) start[(k + i) * t.width + row] = values[i];
+      for (int64_t i = 0; i < (now + 1) / 2; ++i) {
+        std::memcpy(start + ((k + done) / 2 + i) * t.width, rounded + 2 * i, 4);
+      }
     }
   }
 };
@@ -146,6 +159,19 @@ MAMBA_INLINE float sum_lanes(Vec v) {
 #else
   return sum(v);
 #endif
+}
+
+template <class E>
+MAMBA_INLINE float read_one(const typename E::T* p) {
+  if constexpr (std::is_same_v<E, F32>) return *p;
+  if constexpr (std::is_same_v<E, F16>) return half_to_float(*p);
+  if constexpr (std::is_same_v<E, BF16>) return bfloat16_to_float(*p);
+}
+template <class E>
+MAMBA_INLINE void write_one(typename E::T* p, float value) {
+  if constexpr (std::is_same_v<E, F32>) *p = value;
+  if constexpr (std::is_same_v<E, F16>) *p = float_to_half(value);
+  if constexpr (std::is_same_v<E, BF16>) *p = float_to_bfloat16(value);
 }
 
 struct Range {
@@ -251,37 +277,53 @@ struct Worker {
 
   void convolve(const DecodeLayer& layer, int64_t block, const Tile& tile, int64_t r,
                 const float* values) const {
-    const int64_t c0 = block * kBlock, row = tile.first + r, w = p.d_conv;
+    const int64_t c0 = block * kBlock, row = tile.first + r;
     const int64_t count = std::min(kBlock, p.d_inner - c0);
-    const int64_t start = row * layer.conv_state.stride[0] + c0 * w;
-    alignas(64) float out[kBlock] = {};
+    alignas(64) float out[kBlock];
     for (int64_t i = 0; i < kBlock; i += kLanes) {
       store(out + i, layer.conv_bias ? load(layer.conv_bias + c0 + i) : Vec{});
     }
-    if (layer.conv_state.dtype == DType::kFloat32 && w == 4) {
-      auto* p4 = static_cast<float*>(layer.conv_state.data) + start;
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t t = 0; t < 3; ++t) p4[4 * i + t] = p4[4 * i + t + 1];
-        p4[4 * i + 3] = values[i];
-        for (int64_t t = 0; t < 4; ++t) {
-          out[i] += p4[4 * i + t] * layer.conv_weight[t * channels + c0 + i];
-        }
+    const float* taps = layer.conv_weight + c0;
+    with_dtype(layer.conv_state.dtype, [&](auto type) {
+      using E = decltype(type);
+      auto* window = static_cast<typename E::T*>(layer.conv_state.data) +
+                     row * layer.conv_state.stride[0] + c0 * p.d_conv;
+      switch (count == kBlock ? p.d_conv : 0) {
+        case 2:
+          return slide<E, 2>(window, values, taps, count, out);
+        case 3:
+          return slide<E, 3>(window, values, taps, count, out);
+        case 4:
+          return slide<E, 4>(window, values, taps, count, out);
+        default:
+          return slide<E, 0>(window, values, taps, count, out);
       }
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t t = 0; t < w; ++t) {
-          const int64_t at = start + i * w + t;
-          const float input =
-              t + 1 < w ? load_float(layer.conv_state.data, layer.conv_state.dtype, at + 1)
-                        : values[i];
-          store_float(layer.conv_state.data, layer.conv_state.dtype, at, input);
-          out[i] += input * layer.conv_weight[t * channels + c0 + i];
-        }
-      }
-    }
+    });
     for (int64_t i = 0; i < kBlock; i += kLanes) store(out + i, silu(load(out + i)));
     std::copy(out, out + kBlock, s.conv_out + row * channels + c0);
     s.x_in.put(tile, r, c0, out, count);
+  }
+
+  // Moves the windows (count, d_conv) of a block on by one input and adds their products with the
+  // taps to `out`. With kWidth > 0, that is d_conv, and the block is whole.
+  template <class E, int kWidth>
+  MAMBA_INLINE void slide(typename E::T* window, const float* values, const float* taps,
+                          int64_t count, float* out) const {
+    const int64_t w = kWidth ? kWidth : p.d_conv, n = kWidth ? kBlock : count;
+    // All windows at once: what crosses from one into the one before is the place of the input.
+    std::memmove(window, window + 1, static_cast<size_t>(n * w - 1) * sizeof(*window));
+    for (int64_t i = 0; i < n; ++i) write_one<E>(window + i * w + w - 1, values[i]);
+    alignas(64) float inputs[kBlock * (kWidth ? kWidth : 1)];
+    if constexpr (kWidth > 0) {
+      for (int64_t i = 0; i < kBlock * kWidth; i += kLanes) store(inputs + i, E::read(window + i));
+    }
+    for (int64_t t = 0; t + 1 < w; ++t) {
+      for (int64_t i = 0; i < n; ++i) {
+        const float input = kWidth ? inputs[i * w + t] : read_one<E>(window + i * w + t);
+        out[i] += input * taps[t * channels + i];
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) out[i] += values[i] * taps[(w - 1) * channels + i];
   }
 
   void select(const DecodeLayer& layer) const {
@@ -371,12 +413,20 @@ struct Worker {
 
   void logits() const {
     const Range mine = share(p.lm_head.blocks());
-    for_each_output(p.lm_head, s.head_in, p.batch, mine.begin, mine.end,
-                    [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
-                      const int64_t first = block * kBlock;
-                      store_row(p.logits, (tile.first + r) * p.vocab + first, 1,
-                                std::min(kBlock, p.vocab - first), values);
-                    });
+    with_dtype(p.logits.dtype, [&](auto type) {
+      using E = decltype(type);
+      auto* to = static_cast<typename E::T*>(p.logits.data);
+      for_each_output(p.lm_head, s.head_in, p.batch, mine.begin, mine.end,
+                      [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
+                        const int64_t first = block * kBlock;
+                        auto* row = to + (tile.first + r) * p.vocab + first;
+                        const int64_t count = std::min(kBlock, p.vocab - first);
+                        int64_t i = 0;
+                        for (; i + kLanes <= count; i += kLanes)
+                          E::write(row + i, load(values + i));
+                        for (; i < count; ++i) write_one<E>(row + i, values[i]);
+                      });
+    });
   }
 
   void run() const {

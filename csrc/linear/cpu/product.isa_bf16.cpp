@@ -12,11 +12,11 @@ namespace MAMBA_ISA {
 namespace {
 
 constexpr int kVecs = kBlock / kLanes;  // registers for the outputs of one block
-constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kPrefetchBytes = 4096;
 
 #if MAMBA_LANES == 16
 constexpr int kTileRows[] = {1, 2, 3, 4, 6, 8, 12, 16};
-constexpr int kAccumulators = 16;
+constexpr int kAccumulators = 24;
 #elif MAMBA_LANES == 8
 constexpr int kTileRows[] = {1, 2, 3, 4, 6};
 constexpr int kAccumulators = 12;
@@ -206,10 +206,12 @@ Product select_kind(WeightKind kind) {
 }  // namespace
 
 int64_t next_tile_rows(int64_t rows) {
+  constexpr int kLargest = kTileRows[sizeof(kTileRows) / sizeof(kTileRows[0]) - 1];
+  const int64_t tiles = (rows + kLargest - 1) / kLargest;
   for (const int tile : kTileRows) {
-    if (tile >= rows) return tile;
+    if (tile * tiles >= rows) return tile;  // tiles of about the same size
   }
-  return kTileRows[sizeof(kTileRows) / sizeof(kTileRows[0]) - 1];
+  return kLargest;
 }
 
 Product select_product(WeightKind kind, int64_t rows) {
