@@ -39,18 +39,23 @@ def test_rounding_error_is_at_most_half_a_step(dtype, group_size):
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (0,), (1, 1, 1)])
-def test_layer_is_a_linear_layer_of_the_rounded_weight(shape, bias, monkeypatch):
+def test_layer_is_a_linear_layer_of_the_rounded_weight(shape, group_size, bias, monkeypatch):
     from mamba_ssm.inference import int8
 
     monkeypatch.setattr(int8, "_MAX_FLOATS", 100)  # several pieces, the last one smaller
     linear = torch.nn.Linear(24, 33, bias=bias)
-    layer = Int8Linear(linear, 8)
-    weight = (layer.quantized.view(33, 3, 8) * layer.scales[..., None]).view(33, 24)
+    layer = Int8Linear(linear, group_size)
+    groups = layer.scales.shape[1]
+    weight = (layer.quantized.view(33, groups, -1) * layer.scales[..., None]).view(33, 24)
     x = torch.randn(*shape, 24)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), F.linear(x, weight, linear.bias))
-        assert layer(x.bfloat16()).dtype == BF16
+        for dtype in (BF16, F16):
+            out = layer(x.to(dtype))
+            assert out.dtype == dtype
+            torch.testing.assert_close(out.float(), layer(x), rtol=2e-2, atol=2e-2)
 
 
 @needs_native

@@ -17,8 +17,8 @@ from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.modules.sequence_args import is_plain
 
 SCHEMES = ("int8",)
-# Weights in memory as floats at a time.
-_MAX_FLOATS = 1 << 22
+# Weights in memory as floats at a time: they should stay in a cache.
+_MAX_FLOATS = 1 << 20
 _LARGEST = 127
 
 
@@ -56,10 +56,15 @@ class Int8Linear(nn.Module):
         self.register_buffer("scales", scales)
         self.bias = linear.bias
 
-    def _dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        scales = self.scales[rows]
-        groups = self.quantized[rows].unflatten(1, (scales.shape[1], -1)).float()
-        return (groups * scales.unsqueeze(-1)).flatten(1).to(dtype)
+    def _rows(self, x: Tensor, rows: slice) -> Tensor:
+        """The product with some rows of the weight, without the bias."""
+        quantized, scales = self.quantized[rows], self.scales[rows]
+        if scales.shape[1] == 1 and x.dtype != torch.float16:
+            # Small integers are exact in bf16 and fp32, so scaling can wait; sums of unscaled
+            # products could overflow in fp16.
+            return F.linear(x, quantized.to(x.dtype)) * scales.squeeze(1).to(x.dtype)
+        groups = quantized.unflatten(1, (scales.shape[1], -1)).float()
+        return F.linear(x, (groups * scales.unsqueeze(-1)).flatten(1).to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_features) → (…, out_features)."""
@@ -69,13 +74,10 @@ class Int8Linear(nn.Module):
                 "torch.inference_mode(), or load it again without quantize_"
             )
         step = max(1, _MAX_FLOATS // self.in_features)
-        parts = [slice(i, i + step) for i in range(0, self.out_features, step)]
-        bias = None if self.bias is None else self.bias.detach().to(x.dtype)
-        outs = [
-            F.linear(x, self._dequantized(rows, x.dtype), None if bias is None else bias[rows])
-            for rows in parts
-        ]
-        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+        starts = range(0, self.out_features, step)
+        outs = [self._rows(x, slice(i, i + step)) for i in starts]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+        return out if self.bias is None else out + self.bias.detach().to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
         # model.half() is about activations: the scales keep their precision.
