@@ -80,6 +80,7 @@ class Toolchain:
 
     @property
     def cxx_flags(self) -> list[str]:
+        """Options of every C++ compilation."""
         return [*CXX_FLAGS, *(SANITIZE_FLAGS if self.sanitize else [])]
 
 

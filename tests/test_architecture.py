@@ -18,7 +18,8 @@ CSRC = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
 # Whom each part of the package may import, besides itself and what lies outside the package.
 ALLOWED = {
-    "models": {"modules", "ops", "utils"},
+    "models": {"inference", "modules", "ops", "utils"},
+    "inference": {"modules", "ops", "leaf of ops"},
     "modules": {"ops"},
     "ops": {"ops.reference", "ops.native", "leaf of ops"},
     "ops.native": set(),
@@ -26,7 +27,7 @@ ALLOWED = {
     "ops.triton": {"ops"},
     "leaf of ops": set(),
     "utils": set(),
-    "commands": {"models", "utils", ""},
+    "commands": {"inference", "models", "utils", ""},
     "info": {"ops", "ops.native", "_build", ""},
     "_build": set(),
     "__main__": {"info", "_build", "commands", ""},

@@ -96,7 +96,8 @@ def test_unseen_python_costs_few_bits(model):
 
 PROMPTS = {
     "imports": "import ",
-    "class": '"""Small containers."""\n\n\nclass Stack:\n    """Last in, first out."""\n\n    def __init__(self):\n',
+    "class": '"""Small containers."""\n\n\nclass Stack:\n    """Last in, first out."""\n\n'
+    "    def __init__(self):\n",
     "function": '"""Numbers."""\n\n\ndef largest(values):\n    """Return the largest value."""\n',
 }
 

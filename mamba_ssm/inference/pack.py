@@ -77,6 +77,7 @@ class PackWriter:
         self._place(torch.Size(shape).numel(), torch.float32, write)
 
     def norm(self, norm: nn.Module) -> None:
+        """A norm: weight, bias and eps, each in whole blocks."""
         width = padded(norm.weight.shape[0])
         self.floats(norm.weight, (width,))
         self.floats(norm.bias, (width,))

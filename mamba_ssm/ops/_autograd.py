@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import backend
+
 
 def wants_double_backward() -> bool:
     """Whether the backward pass that runs now must be differentiable (``create_graph=True``)."""
@@ -28,8 +30,11 @@ def differentiable_backward(
 
     ``ref_fn`` is a plain differentiable implementation; it returns a tensor or a tuple with one
     entry for every entry of ``grad_outputs`` (None there: no gradient arrives). Returns one entry
-    for every input: None for non-tensors and for tensors that require no gradient.
+    for every input: None for non-tensors and for tensors that require no gradient. Raises
+    BackendError where such a gradient is wanted of an explicitly chosen compiled backend.
     """
+    if wants_double_backward():
+        backend.only_reference("a gradient that can be differentiated again")
     with torch.enable_grad():
         # Views, so that an input which is computed from another one, or given twice, gets only its
         # own share; they stay connected to the originals for the next differentiation.

@@ -143,6 +143,15 @@ def _served(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     return "native", ""
 
 
+def only_reference(what: str) -> None:
+    """Raises :class:`BackendError` if an explicit choice forbids what only the reference serves."""
+    if _choice in ("native", "triton"):
+        raise BackendError(
+            f"backend {_choice!r} was chosen, but {what} is served by the reference only; choose "
+            "'auto' or 'reference'"
+        )
+
+
 def is_native(op: Callable) -> bool:
     """Whether :func:`resolve` gave the compiled kernel."""
     return any(op is native_op for native_op in _DEFAULT.values())

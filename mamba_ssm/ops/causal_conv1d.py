@@ -253,6 +253,7 @@ def causal_conv1d_update(
     if single:
         x = x.unsqueeze(-1)
     if needs_grad(x, conv_state, weight, bias):
+        backend.only_reference("a convolution update that records gradients")
         rows = StateRows(conv_state, conv_state_indices)
         # A copy: autograd keeps the old state, which is overwritten below.
         before = rows.read().clone()

@@ -43,6 +43,7 @@ class Sizes:
     residual_dtype: torch.dtype
 
     def entries(self) -> list[int]:
+        """The header as it stands at the front of a layout."""
         sizes = (self.layers, self.d_model, self.d_inner, self.d_state, self.d_conv)
         sizes += (self.dt_rank, self.vocab, int(self.is_rms_norm))
         return [VERSION, *sizes, RESIDUAL_DTYPES.index(self.residual_dtype)]

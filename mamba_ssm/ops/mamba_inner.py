@@ -172,6 +172,7 @@ class MambaInnerFn(torch.autograd.Function):
             ctx.autocast_dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             if A.is_complex():
+                backend.only_reference("a block with complex A")
                 ctx.save_for_backward(*tensors, *(None,) * 5)
                 return _compose(ctx, *tensors)
             args = _autocast(_flat_conv(_Args(*tensors)), ctx.autocast_dtype)

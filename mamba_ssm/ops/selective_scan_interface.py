@@ -55,7 +55,7 @@ class SelectiveScanFn(torch.autograd.Function):
         ctx.return_last_state = bool(return_last_state)
         tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
         if A.is_complex():
-            ctx.chunk_states = None
+            backend.only_reference("a scan with complex A")
             ctx.save_for_backward(*tensors, None)
             out, final = _sequential(ctx, *tensors)
             return (out, final) if return_last_state else out

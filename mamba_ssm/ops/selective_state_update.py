@@ -116,6 +116,7 @@ def selective_state_update(
     _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
     args = _canonical(state, x, dt, A, B, C, D, z, dt_bias)
     if needs_grad(state, x, dt, A, B, C, D, z, dt_bias):
+        backend.only_reference("a decode step that records gradients")
         out = _differentiable(args, dt_softplus, state, state_batch_indices)
     else:
         op = backend.resolve("_state_update", x.device.type, kernel_dtype(*args[1:], args[0]))
