@@ -70,6 +70,8 @@ CASES: dict[str, ScanCase] = {
     "packed, constant B": replace(_PACKED, groups_B=0, initial_state=True),
     "holes": replace(_PACKED, packing="holes", initial_state=True),
     "masked": replace(_PACKED, packing="masked", initial_state=True),
+    "returning": replace(_PACKED, packing="returning", initial_state=True),
+    "shared by rows": replace(_PACKED, packing="shared", initial_state=True, b=3, d=70),
     "all padding": replace(_PACKED, packing="padding", initial_state=True),
     "complex": replace(BASE, complex_A=True, length=17, d=4, n=3),
     "complex, constant": replace(BASE, complex_A=True, groups_B=0, groups_C=0, length=9, d=4, n=3),
@@ -88,6 +90,10 @@ def make_seq_idx(kind: str, b: int, length: int) -> tuple[Tensor, int]:
         ids[:, ::4] = -1
         ids[:, -3:] = -7
         return ids, states
+    if kind == "returning":  # 0 1 0 1 in one row, 2 3 2 3 in the next: each run starts anew
+        return ((steps // 7 % 2).expand(b, -1) + 2 * torch.arange(b)[:, None]).int(), 2 * b
+    if kind == "shared":  # every row has the same numbers
+        return (steps // 10).expand(b, -1).int(), length // 10 + 1
     if kind == "masked":
         rows = [torch.where((steps >= 2 * i) & (steps < length - i), i, -1) for i in range(b)]
         return torch.stack(rows).int(), b

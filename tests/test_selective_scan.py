@@ -196,6 +196,10 @@ def test_sequence_numbers_without_states_need_no_count():
     out = selective_scan_fn(**inputs, seq_idx=ids)
     expected = _ref(**inputs, seq_idx=ids, num_sequences=41)[0]
     assert torch.allclose(out, expected, atol=1e-5)
+    u = inputs["u"].requires_grad_()
+    out = selective_scan_fn(**{**inputs, "u": u}, seq_idx=ids)
+    (grad,) = torch.autograd.grad(out.square().sum(), u, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), u)[0].isfinite().all()
 
 
 def test_autocast_leaves_the_recurrence_alone(device, backend):

@@ -42,6 +42,8 @@ struct ScanEvents {
   std::vector<int32_t> before;
   std::vector<int32_t> after;  // >= 0: the state after this step is that final state
   std::vector<uint8_t> used;   // (S,) whether any step belongs to the state
+  // Whether rows share an initial state: then only one thread may add to its gradient.
+  bool shared_starts = false;
   int64_t length = 0;
 
   const int32_t* row_before(int64_t row) const {

@@ -11,6 +11,7 @@ ScanEvents scan_events(const ScanParams& p) {
   events.after.assign(steps, ScanEvents::kNothing);
   events.used.assign(static_cast<size_t>(p.num_states), 0);
   std::vector<int64_t> last(static_cast<size_t>(p.num_states), -1);
+  std::vector<int64_t> started_in(static_cast<size_t>(p.num_states), -1);
   for (int64_t row = 0; row < p.batch; ++row) {
     int32_t current = -1;
     for (int64_t t = 0; t < p.length; ++t) {
@@ -21,6 +22,10 @@ ScanEvents scan_events(const ScanParams& p) {
         continue;
       }
       if (id != current) events.before[at] = p.initial_state ? id : ScanEvents::kFreshStart;
+      if (id != current && p.num_states > 0) {
+        events.shared_starts |= started_in[id] >= 0 && started_in[id] != row;
+        started_in[id] = row;
+      }
       current = id;
       if (p.num_states > 0) last[id] = at;
     }

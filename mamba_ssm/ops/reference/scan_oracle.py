@@ -34,8 +34,8 @@ def _run_flags(seq_idx: Tensor) -> tuple[list[list[int]], list[list[bool]]]:
     return ids, starts
 
 
-def _scan_row(decay, inputs, state, ids=None, starts=None, states=None):
-    """States after every step of one row; ``states`` (a list by id) is read and moved on."""
+def _scan_row(decay, inputs, state, ids=None, starts=None, initial=None, finals=None):
+    """States after every step of one row; ``initial`` and ``finals`` are lists by id."""
     history = []
     for t, (a, x) in enumerate(zip(decay.unbind(-1), inputs.unbind(-1), strict=True)):
         if ids is not None:
@@ -43,11 +43,11 @@ def _scan_row(decay, inputs, state, ids=None, starts=None, states=None):
                 history.append(state)
                 continue
             if starts[t]:
-                state = states[ids[t]]
+                state = initial[ids[t]]
         state = a * state + x
         history.append(state)
         if ids is not None:
-            states[ids[t]] = state
+            finals[ids[t]] = state
     return history, state
 
 
@@ -98,15 +98,21 @@ def selective_scan_sequential(
         states = torch.stack(history, dim=-1) if history else decay
     else:
         zero = torch.zeros_like(A)
-        carried = (
-            [zero] * num_states if initial_state is None else list(initial_state.to(state_dtype))
-        )
         ids, starts = _run_flags(seq_idx)
+        numbers = range(max(num_states, 1 + max((i for row in ids for i in row), default=-1)))
+        # Every run starts from its initial state, also where a number comes back; the last one of
+        # a number makes its final state.
+        if initial_state is None:
+            initial = [zero for _ in numbers]
+        else:
+            initial = list(initial_state.to(state_dtype))
+        finals = list(initial)
         rows = [
-            _scan_row(decay[i], inputs[i], zero, ids[i], starts[i], carried)[0] for i in range(b)
+            _scan_row(decay[i], inputs[i], zero, ids[i], starts[i], initial, finals)[0]
+            for i in range(b)
         ]
         states = torch.stack([torch.stack(row, dim=-1) for row in rows]) if b and length else decay
-        final = torch.stack(carried) if carried else A.new_zeros((0, *A.shape))
+        final = torch.stack(finals[:num_states]) if num_states else A.new_zeros((0, *A.shape))
     y = (states * C_).sum(dim=2)
     y = 2 * y.real if A.is_complex() else y
     if D is not None:
