@@ -245,9 +245,8 @@ Nine selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Tensor u, Tens
   g.forward = p;
   const int64_t units = p.batch * slices_per_row(p);
   const int64_t grain = events.shared_starts ? std::max<int64_t>(1, units) : 1;
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    scan_backward(g, events, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, units, grain, [&](int64_t begin, int64_t end) { scan_backward(g, events, begin, end); });
   Tensor total_dB = make.projection(dB, p.constant_B, B);
   Tensor total_dC = make.projection(dC, p.constant_C, C);
   return {du,
