@@ -1,26 +1,9 @@
 // The CUDA kernels as torch operators. Schemas live in mamba_ssm/ops/schema.py.
-#include "bindings_common.h"
+#include "bindings_cuda.h"
 #include "state_update/cuda/state_update.h"
-
-#ifndef MAMBA_CUDA_ARCHS
-#error "the builder defines MAMBA_CUDA_ARCHS, the list of GPU architectures in this library"
-#endif
 
 namespace mamba {
 namespace {
-
-void* current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return stream;
-}
-
-void check_launch(const char* op, const char* error) {
-  STD_TORCH_CHECK(error == nullptr, op,
-                  ": the CUDA kernel could not be launched: ", error ? error : "",
-                  " (this library holds code for ", MAMBA_CUDA_ARCHS,
-                  "; `python -m mamba_ssm build` compiles for the GPU of this machine)");
-}
 
 Tensor state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C,
                     OptionalTensor D, OptionalTensor z, OptionalTensor dt_bias, bool dt_softplus,

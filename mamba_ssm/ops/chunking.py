@@ -6,18 +6,19 @@ from collections.abc import Callable
 
 from .backend import is_native
 
-# Steps whose inputs and states fit a core's cache: what the compiled kernels stage at once.
-_NATIVE_CHUNK = 32
+# By device: on the CPU the steps whose inputs and states fit a core's cache; on CUDA what a block
+# stages at once (the kernels take its multiples only).
+_NATIVE_CHUNKS = {"cpu": 32, "cuda": 64}
 
 
-def chunk_size_for(length: int, op: Callable, keep: bool = True) -> int:
+def chunk_size_for(length: int, op: Callable, device_type: str, keep: bool = True) -> int:
     """The chunk size for a scan of ``length`` steps by the op that ``backend.resolve`` gave.
 
     The reference works best with about the root of the length, which balances its two levels. The
     compiled kernels keep states only for the backward: with ``keep=False`` none but the first.
     """
     if is_native(op):
-        return _NATIVE_CHUNK if keep else max(1, length)
+        return _NATIVE_CHUNKS[device_type] if keep else max(1, length)
     size = 16
     while size * size < length:
         size *= 2

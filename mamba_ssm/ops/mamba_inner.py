@@ -180,7 +180,7 @@ class MambaInnerFn(torch.autograd.Function):
             x_dbl = F.linear(conv_out.transpose(1, 2).to(args.x_proj.dtype), args.x_proj)
             p = _project(args, x_dbl, None, ctx.eps)
             op = backend.resolve("_selective_scan_fwd", device, p.delta.dtype)
-            ctx.chunk_size = chunk_size_for(xz.shape[2], op, keep_states)
+            ctx.chunk_size = chunk_size_for(xz.shape[2], op, xz.device.type, keep_states)
             y, _, states = op(*_scan_arguments(ctx, args, conv_out, p))
             out = _out_projection(y, args)
         kept = (conv_out, p.raw[0]) if checkpoint_lvl == 0 else (None, None)

@@ -61,7 +61,7 @@ class SelectiveScanFn(torch.autograd.Function):
             return (out, final) if return_last_state else out
         B_, C_ = same_groups(B, C)
         op = backend.resolve("_selective_scan_fwd", u.device.type, u.dtype)
-        ctx.chunk_size = chunk_size_for(u.shape[2], op, keep_states)
+        ctx.chunk_size = chunk_size_for(u.shape[2], op, u.device.type, keep_states)
         out, final, chunk_states = op(
             u, delta, A, B_, C_, D, z, delta_bias, delta_softplus, initial_state, seq_idx,
             num_states, ctx.chunk_size,

@@ -1,0 +1,187 @@
+// The recurrence of the forward scan over a lane's steps and across the lanes of a channel.
+#pragma once
+
+#include <cfloat>
+
+#include "forward_tile.cuh"
+
+namespace mamba {
+
+// One round of the inclusive scan of the affine maps h -> P h + H over the G lanes of a channel.
+// Written in PTX for the shuffle's own predicate, which says whether there is a lane to the left.
+template <int G, int kDistance, int C>
+__device__ __forceinline__ void scan_round(float (&P)[C], float (&H)[C]) {
+  constexpr int kSegments = (32 - G) << 8;
+  if constexpr (kDistance < G) {
+#pragma unroll
+    for (int k = 0; k < C; ++k) {
+      asm("{\n\t.reg .pred p;\n\t.reg .f32 left;\n\t"
+          "shfl.sync.up.b32 left|p, %0, %2, %3, 0xffffffff;\n\t"
+          "@p fma.rn.f32 %0, %1, left, %0;\n\t}"
+          : "+f"(H[k])
+          : "f"(P[k]), "n"(kDistance), "n"(kSegments));
+      if constexpr (2 * kDistance < G) P[k] *= __shfl_up_sync(0xffffffffu, P[k], kDistance, G);
+    }
+  }
+}
+
+// The first lane's H already holds the state that enters the tile.
+template <int G, int C>
+__device__ __forceinline__ void scan_lanes(float (&P)[C], float (&H)[C]) {
+  scan_round<G, 1, C>(P, H);
+  scan_round<G, 2, C>(P, H);
+  scan_round<G, 4, C>(P, H);
+  scan_round<G, 8, C>(P, H);
+  scan_round<G, 16, C>(P, H);
+}
+
+template <int L>
+__device__ __forceinline__ void read_floats(float (&v)[L], const float* from) {
+#pragma unroll
+  for (int i = 0; i < L; i += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from + i);
+    v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
+  }
+}
+
+// A lane's places in shared memory for one state; they advance from state to state.
+struct StatePlace {
+  const float *B, *C;       // the lane's steps
+  const float* A;           // the lane's channels
+  float *carry, *entering;  // likewise; `entering` gathers the chunk states
+  bool keeps;               // whether this lane's entering state is a chunk state
+
+  template <class S>
+  __device__ __forceinline__ void advance(int states) {
+    B += states * Forward<S>::kStatePitch, C += states * Forward<S>::kStatePitch;
+    A += states * S::kChannels, carry += states * S::kChannels, entering += states;
+  }
+};
+
+template <int C>
+__device__ __forceinline__ void read_channels(float (&v)[C], const float* from) {
+  if constexpr (C == 2) {
+    const float2 two = *reinterpret_cast<const float2*>(from);
+    v[0] = two.x, v[1] = two.y;
+  } else {
+    v[0] = *from;
+  }
+}
+template <int C>
+__device__ __forceinline__ void write_channels(float* to, const float* v) {
+  if constexpr (C == 2) {
+    *reinterpret_cast<float2*>(to) = make_float2(v[0], v[1]);
+  } else {
+    *to = v[0];
+  }
+}
+
+// seq_idx over one state's steps: padding adds nothing, and a sequence starts from its own state.
+template <class S>
+__device__ __forceinline__ void apply_starts(const Lane<S>& lane, const ForwardArgs& a,
+                                             const int64_t first_step, int64_t at_state,
+                                             bool exists, float (&decay)[S::L],
+                                             float (&input)[S::L], float& P) {
+  if (lane.padding) {
+#pragma unroll
+    for (int i = 0; i < S::L; ++i) input[i] = lane.padding >> i & 1 ? 0.0f : input[i];
+  }
+  if (!lane.starts) return;
+  P = 0.0f;
+#pragma unroll
+  for (int i = 0; i < S::L; ++i) {
+    if (!(lane.starts >> i & 1)) continue;
+    const int id = a.events.before[first_step + i];
+    if (id >= 0 && exists) {
+      const float start = a.p.initial_state[id * a.p.channels * a.p.state_dim + at_state];
+      input[i] = fmaf(decay[i], start, input[i]);
+    }
+    decay[i] = 0.0f;
+  }
+}
+
+// N neighbouring states of the lane's channels over the lane's steps: adds C h to y. States and
+// channels go side by side, so that each hides the latencies of the others.
+template <class S, bool kGeneral, int N>
+__device__ __forceinline__ void run_states(Lane<S>& lane, const ForwardArgs& a, const Place<S>& at,
+                                           const StatePlace& in, int64_t first_step, int state) {
+  using F = Forward<S>;
+  constexpr int C = S::C, L = S::L, kMaps = N * C;
+  float decay[kMaps][L], input[kMaps][L], P[kMaps], h[kMaps], carry[kMaps];
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    float B[L], A[C];
+    if (!kGeneral || !a.p.constant_B) read_floats<L>(B, in.B + j * F::kStatePitch);
+    read_channels<C>(A, in.A + j * S::kChannels);
+    float entering[C] = {};
+    if (at.g == 0) read_channels<C>(entering, in.carry + j * S::kChannels);
+#pragma unroll
+    for (int k = 0; k < C; ++k) {
+      const int m = j * C + k;
+      if constexpr (kGeneral) {
+        const int channel = at.channel + min(at.c + k, at.channels - 1);
+        const float value = a.p.constant_B ? load_at(a.p.B, channel, state + j) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < L; ++i) B[i] = a.p.constant_B ? value : B[i];
+      }
+#pragma unroll
+      for (int i = 0; i < L; ++i) {
+        decay[m][i] = exp2_fast(lane.delta[k][i] * A[k]);
+        input[m][i] = lane.du[k][i] * B[i];
+      }
+      P[m] = fminf(exp2_fast(lane.delta_sum[k] * A[k]), FLT_MAX);
+      if constexpr (kGeneral) {
+        const int64_t channel = at.channel + min(at.c + k, at.channels - 1);
+        apply_starts<S>(lane, a, first_step, channel * a.p.state_dim + state + j,
+                        at.c + k < at.channels, decay[m], input[m], P[m]);
+      }
+      h[m] = carry[m] = entering[k];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < L; ++i) {
+#pragma unroll
+    for (int m = 0; m < kMaps; ++m) h[m] = fmaf(decay[m][i], h[m], input[m][i]);
+  }
+  scan_lanes<S::G, kMaps>(P, h);
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (at.g == S::G - 1) write_channels<C>(in.carry + j * S::kChannels, h + j * C);
+#pragma unroll
+    for (int k = 0; k < C; ++k) {
+      const int m = j * C + k;
+      h[m] = __shfl_up_sync(0xffffffffu, h[m], 1, S::G);
+      if (at.g == 0) h[m] = carry[m];
+      if (F::kSlots > 0 && in.keeps) in.entering[k * F::kSlotPitch + j] = h[m];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    float Cs[L];
+    if (!kGeneral || !a.p.constant_C) read_floats<L>(Cs, in.C + j * F::kStatePitch);
+#pragma unroll
+    for (int k = 0; k < C; ++k) {
+      const int m = j * C + k;
+      if constexpr (kGeneral) {
+        const int64_t channel = at.channel + min(at.c + k, at.channels - 1);
+        const float value = a.p.constant_C ? load_at(a.p.C, channel, state + j) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < L; ++i) Cs[i] = a.p.constant_C ? value : Cs[i];
+      }
+#pragma unroll
+      for (int i = 0; i < L; ++i) {
+        h[m] = fmaf(decay[m][i], h[m], input[m][i]);
+        lane.y[k][i] = fmaf(Cs[i], h[m], lane.y[k][i]);
+        if constexpr (kGeneral) {
+          if (lane.ends >> i & 1 && at.c + k < at.channels) {
+            const int64_t channel = at.channel + at.c + k;
+            const int64_t id = a.events.after[first_step + i];
+            a.p.final_state[(id * a.p.channels + channel) * a.p.state_dim + state + j] = h[m];
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace mamba
