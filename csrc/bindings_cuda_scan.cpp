@@ -2,6 +2,7 @@
 #include "bindings_cuda.h"
 #include "bindings_scan.h"
 #include "selective_scan/cuda/scan.h"
+#include "selective_scan/cuda/scan_backward.h"
 
 namespace mamba {
 namespace {
@@ -61,9 +62,141 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(
   return {out, final_state, chunk_states};
 }
 
+// What the backward allocates beside its results.
+struct BackwardMemory {
+  const Tensor& like;
+  std::vector<Tensor> kept;
+
+  Tensor floats(const Sizes& sizes) {
+    return torch::stable::new_empty(like, sizes, std::make_optional(ScalarType::Float));
+  }
+  Tensor absent() { return torch::stable::new_empty(like, Sizes{0}); }
+  float* scratch(const Sizes& sizes) {
+    kept.push_back(floats(sizes));
+    return mutable_float_data(kept.back());
+  }
+  int* integers(int64_t count) {
+    kept.push_back(
+        torch::stable::new_empty(like, Sizes{count}, std::make_optional(ScalarType::Int)));
+    return static_cast<int*>(kept.back().data_ptr());
+  }
+};
+
+// Results that are sums over rows and segments, and what they are summed from.
+struct BackwardSums {
+  std::vector<PartialSum> sums;
+  BackwardMemory& memory;
+  int64_t parts;
+
+  // Returns the memory of the parts; `to` is the contiguous result.
+  float* add(const ScanCall& call, const char* name, const Tensor& to) {
+    PartialSum sum;
+    sum.to = call_arg(call, name, to);
+    sum.size = to.numel();
+    float* const from = memory.scratch({parts, sum.size});
+    sum.from = from;
+    sums.push_back(sum);
+    return from;
+  }
+  static TensorArg call_arg(const ScanCall& call, const char* name, const Tensor& t) {
+    return tensor_arg(call.op, name, t, sizes_of(t), t);
+  }
+};
+
+// The states that enter each chunk of kCudaChunk steps, if the forward kept fewer.
+void recompute_chunk_states(ScanCall& call, const CudaScanEvents& events, const Tensor& u,
+                            BackwardMemory& memory, void* stream) {
+  ScanParams& p = call.p;
+  if (p.chunk_size == kCudaChunk) return;
+  p.chunk_size = kCudaChunk;
+  p.chunks = (p.length + kCudaChunk - 1) / kCudaChunk;
+  p.chunk_states = memory.scratch({p.batch, p.chunks, p.channels, p.state_dim});
+  ScanParams forward = p;
+  memory.kept.push_back(empty_like_layout(u));
+  forward.out = call.arg("out", memory.kept.back(), {p.batch, p.channels, p.length}, u);
+  forward.final_state = memory.scratch({p.num_states, p.channels, p.state_dim});
+  check_launch(call.op, scan_forward_cuda(forward, events, stream));
+}
+
+// The gradient of the initial state starts as what passes through states without a step.
+void begin_dinitial(const ScanCall& call, const ScanGradients& g, const CudaScanEvents& events,
+                    const Tensor& dinitial, void* stream) {
+  torch::stable::zero_(const_cast<Tensor&>(dinitial));
+  check_launch(call.op, fill_unused_states_cuda(call.p, events, g.dfinal_state, g.dinitial_state,
+                                                stream));
+}
+
+ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Tensor u, Tensor delta,
+                                   Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
+                                   OptionalTensor delta_bias, bool delta_softplus,
+                                   OptionalTensor initial_state, OptionalTensor seq_idx,
+                                   int64_t num_states, int64_t chunk_size, Tensor chunk_states) {
+  ScanCall call = scan_call("_selective_scan_bwd", u, delta, A, B, C, D, z, delta_bias,
+                            delta_softplus, initial_state, seq_idx, num_states, chunk_size);
+  check_limits(call);
+  const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
+  void* const stream = current_stream(u);
+  ScanParams& p = call.p;
+  ScanGradients g;
+  const Sizes bdl{p.batch, p.channels, p.length}, sdn{num_states, p.channels, p.state_dim};
+  g.dout = call.arg("dout", dout, bdl, u);
+  g.dfinal_state = call.states("dfinal_state", dfinal_state, sdn);
+  p.chunk_states = const_cast<float*>(
+      call.states("chunk_states", chunk_states, {p.batch, p.chunks, p.channels, p.state_dim}));
+  BackwardMemory memory{u, {}};
+  const DeviceEvents device(call, u, stream);
+  if (p.batch * p.channels * p.length > 0) {
+    recompute_chunk_states(call, device.events, u, memory, stream);
+  }
+  const BackwardPlan plan = backward_plan(p);
+  STD_TORCH_CHECK(plan.warps > 0, call.op, ": a state of ", p.state_dim,
+                  " does not fit this GPU's shared memory; choose the reference backend");
+  const int64_t parts = p.length > 0 ? p.batch * plan.segments : 0;
+  BackwardSums sums{{}, memory, parts};
+
+  Tensor du = empty_like_layout(u), ddelta = empty_like_layout(delta);
+  Tensor dz = z.has_value() ? empty_like_layout(*z) : memory.absent();
+  Tensor dA = memory.floats({p.channels, p.state_dim});
+  Tensor dB = torch::stable::new_empty(B, sizes_of(B)), dC = torch::stable::new_empty(C, sizes_of(C));
+  Tensor dD = D.has_value() ? memory.floats({p.channels}) : memory.absent();
+  Tensor dbias = delta_bias.has_value() ? memory.floats({p.channels}) : memory.absent();
+  Tensor dinitial = initial_state.has_value() ? memory.floats(sdn) : memory.absent();
+  g.du = call.arg("du", du, bdl, u), g.ddelta = call.arg("ddelta", ddelta, bdl, u);
+  if (z.has_value()) g.dz = call.arg("dz", dz, bdl, u);
+  g.dA = sums.add(call, "dA", dA);
+  if (D.has_value()) g.dD = sums.add(call, "dD", dD);
+  if (delta_bias.has_value()) g.ddelta_bias = sums.add(call, "ddelta_bias", dbias);
+  const Sizes slices{p.batch, plan.slices, p.state_dim, plan.padded_length};
+  g.dB = p.constant_B ? sums.add(call, "dB", dB) : memory.scratch(slices);
+  g.dC = p.constant_C ? sums.add(call, "dC", dC) : memory.scratch(slices);
+
+  BackwardScratch scratch;
+  if (initial_state.has_value()) {
+    g.dinitial_state = mutable_float_data(dinitial);
+    begin_dinitial(call, g, device.events, dinitial, stream);
+    if (seq_idx.has_value()) {
+      scratch.shared_starts = memory.integers(1), scratch.starts = memory.integers(num_states);
+    }
+  }
+  g.forward = p;
+  check_launch(call.op, scan_backward_cuda(g, device.events, plan, scratch, stream));
+  check_launch(call.op, sum_parts_cuda(sums.sums.data(), static_cast<int>(sums.sums.size()), parts,
+                                       stream));
+  if (!p.constant_B) {
+    const TensorArg to = BackwardSums::call_arg(call, "dB", dB);
+    check_launch(call.op, sum_slices_cuda(p, plan, g.dB, to, stream));
+  }
+  if (!p.constant_C) {
+    const TensorArg to = BackwardSums::call_arg(call, "dC", dC);
+    check_launch(call.op, sum_slices_cuda(p, plan, g.dC, to, stream));
+  }
+  return {du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial};
+}
+
 }  // namespace
 }  // namespace mamba
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_ssm, CUDA, m) {
   m.impl("_selective_scan_fwd", TORCH_BOX(&mamba::selective_scan_fwd));
+  m.impl("_selective_scan_bwd", TORCH_BOX(&mamba::selective_scan_bwd));
 }

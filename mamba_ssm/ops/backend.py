@@ -38,7 +38,7 @@ SHIPPED_KERNELS = {
             "_pack_weight",
         }
     ),
-    "cuda": frozenset({"_selective_scan_fwd", "_state_update"}),
+    "cuda": frozenset({"_selective_scan_fwd", "_selective_scan_bwd", "_state_update"}),
 }
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,0 +1,52 @@
+// The backward of the CUDA scan as the bindings call it: a plan, which says how much memory the
+// partial sums take; the kernel, which fills them; and their sums in a fixed order.
+#pragma once
+
+#include "scan.h"
+
+namespace mamba {
+
+struct BackwardPlan {
+  int warps = 0;                 // of a block
+  int stages = 1;                // 2: the next tile's inputs arrive while one is worked on
+  bool exact_sums = false;       // sums over channels in fp32, else terms of 11 bits
+  int64_t blocks_per_group = 1;  // blocks that share the channels of a group
+  int64_t slices = 1;            // of a row: groups * blocks_per_group
+  int64_t segments = 1;          // stretches of a row that run side by side
+  int64_t segment_tiles = 1;     // their length, in tiles of kCudaChunk steps
+  int64_t padded_length = 0;     // of the partial sums of dB and dC
+};
+
+// Of the current device.
+BackwardPlan backward_plan(const ScanParams& p);
+
+// What else the kernel needs; pointers may be null where the remark says so.
+struct BackwardScratch {
+  int* shared_starts = nullptr;  // one int; null without seq_idx or initial_state
+  int* starts = nullptr;         // (S,), the same
+  // (b, segments, d, n) each, null with one segment.
+  float* adjoint = nullptr;
+  float* decay = nullptr;
+};
+
+// g.dA, g.dD, g.ddelta_bias and constant g.dB, g.dC get a row of sums for each batch row and
+// segment, (b * segments, ...); variable g.dB and g.dC one for each slice, (b, slices, n,
+// padded_length). p.chunk_states are those of chunks of kCudaChunk steps.
+const char* scan_backward_cuda(const ScanGradients& g, const CudaScanEvents& events,
+                               const BackwardPlan& plan, const BackwardScratch& scratch,
+                               void* stream);
+
+// to[i] = the sum over `parts` rows of from, (parts, size), in order; `to` is contiguous.
+struct PartialSum {
+  const float* from = nullptr;
+  TensorArg to;
+  int64_t size = 0;
+};
+constexpr int kMaxPartialSums = 5;
+const char* sum_parts_cuda(const PartialSum* sums, int count, int64_t parts, void* stream);
+
+// Sums (b, slices, n, padded_length) over the slices of a group into contiguous (b, g, n, l).
+const char* sum_slices_cuda(const ScanParams& p, const BackwardPlan& plan, const float* from,
+                            const TensorArg& to, void* stream);
+
+}  // namespace mamba
