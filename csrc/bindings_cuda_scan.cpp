@@ -148,11 +148,6 @@ ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Ten
   if (p.batch * p.channels * p.length > 0) {
     recompute_chunk_states(call, device.events, u, memory, stream);
   }
-  const BackwardPlan plan = backward_plan(p);
-  STD_TORCH_CHECK(plan.warps > 0, call.op, ": a state of ", p.state_dim,
-                  " does not fit this GPU's shared memory; choose the reference backend");
-  const int64_t parts = p.length > 0 ? p.batch * plan.segments : 0;
-  BackwardSums sums{{}, memory, parts};
 
   Tensor du = empty_like_layout(u), ddelta = empty_like_layout(delta);
   Tensor dz = z.has_value() ? empty_like_layout(*z) : memory.absent();
@@ -163,6 +158,12 @@ ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Ten
   Tensor dinitial = initial_state.has_value() ? memory.floats(sdn) : memory.absent();
   g.du = call.arg("du", du, bdl, u), g.ddelta = call.arg("ddelta", ddelta, bdl, u);
   if (z.has_value()) g.dz = call.arg("dz", dz, bdl, u);
+  g.forward = p;
+  const BackwardPlan plan = backward_plan(g, device.events);
+  STD_TORCH_CHECK(plan.warps > 0, call.op, ": a state of ", p.state_dim,
+                  " does not fit this GPU's shared memory; choose the reference backend");
+  const int64_t parts = p.length > 0 ? p.batch * plan.segments : 0;
+  BackwardSums sums{{}, memory, parts};
   g.dA = sums.add(call, "dA", dA);
   if (D.has_value()) g.dD = sums.add(call, "dD", dD);
   if (delta_bias.has_value()) g.ddelta_bias = sums.add(call, "ddelta_bias", dbias);
@@ -178,7 +179,6 @@ ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Ten
       scratch.shared_starts = memory.integers(1), scratch.starts = memory.integers(num_states);
     }
   }
-  g.forward = p;
   check_launch(call.op, scan_backward_cuda(g, device.events, plan, scratch, stream));
   check_launch(call.op, sum_parts_cuda(sums.sums.data(), static_cast<int>(sums.sums.size()), parts,
                                        stream));

@@ -1,10 +1,10 @@
-// What the kernels of the scan's backward share: their arguments, how a block divides its work, and
-// the lanes' inputs. Only the backward's *.cu files include this.
+// What the kernels of the scan's backward share: their arguments and how a block divides its work.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cfloat>
+#include <type_traits>
 
 #include "math.cuh"
 #include "scan_backward.h"
@@ -16,10 +16,11 @@ namespace mamba {
 // 4 i + j holds the i-th steps of the j-th channels, which is how mma fragments lie.
 template <int kWarps_>
 struct BackwardShape {
-  static constexpr int C = 2, L = 8, kSteps = 64, kStates = 16;  // states staged at once
+  static constexpr int C = 2, L = 8, kSteps = 64;
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kWarpChannels = 8, kChannels = kWarps * kWarpChannels;
-  static constexpr int kBatch = 4;  // states between two sums over the warps
+  static constexpr int kStates = 16;  // staged at once
+  static constexpr int kBatch = 4;    // states between two sums over the warps
   static constexpr int kMinBlocks = kWarps > 12 ? 1 : 12 / kWarps;
 };
 
@@ -29,7 +30,7 @@ template <int kChannels>
 struct BackwardTile {
   static constexpr int kSteps = 64, kRow = kChannels;
 
-  __device__ static int at(TileOrder order, int size, int c, int t) {
+  __device__ static constexpr int at(TileOrder order, int size, int c, int t) {
     if (order == TileOrder::kChannel) return (t * kChannels + c + t / 8 * 8) * size;
     return c * (kSteps * size + 16) + t * size;
   }
@@ -43,21 +44,20 @@ struct BackwardTile {
 struct BackwardArgs {
   ScanParams p;
   CudaScanEvents events;
-  TileSource u, delta, z, dout, B, C, du, ddelta, dz;
+  TileSource u, delta, z, dout, du, ddelta, dz;
   const float* dfinal_state;
   float *dinitial_state, *dA, *dB, *dC, *dD, *ddelta_bias;
   BackwardPlan plan;
   BackwardScratch scratch;
   int64_t group_channels, tiles;
+  bool wide_states;  // chunk states are copied 16 bytes at a time
 };
 
-// What a lane keeps over a tile.
-template <class S>
-struct BackwardLane {
-  float delta[S::C][S::L], du[S::C][S::L], dy[S::C][S::L];
-  float delta_sum[S::C];
-  unsigned masked = 0, starts = 0, ends = 0;  // a bit per step
-};
+// The kernels, by dtype.
+const char* backward_bf16(const BackwardArgs& a, cudaStream_t stream);
+const char* backward_fp16(const BackwardArgs& a, cudaStream_t stream);
+const char* backward_fp32(const BackwardArgs& a, cudaStream_t stream);
+const char* backward_any(const BackwardArgs& a, cudaStream_t stream);
 
 // A block's work: some channels of a group, over the tiles of one segment of one row.
 template <class S>
@@ -66,7 +66,7 @@ struct BackwardPlace {
   int channels, group;                   // channels that exist; group of B and C
   int warp, lane, c, i;                  // the lane's first channel in the block; its place in time
 
-  __device__ BackwardPlace(const BackwardArgs& a, int64_t unit) {
+  __device__ __forceinline__ BackwardPlace(const BackwardArgs& a, int64_t unit) {
     const int64_t slices = a.plan.slices;
     slice = unit % slices;
     segment = unit / slices % a.plan.segments;
@@ -81,54 +81,40 @@ struct BackwardPlace {
   }
 };
 
-// Where the first channel's step 0 of a block lies in a tensor.
-template <class S>
-__device__ __forceinline__ char* block_start(const TileSource& s, const BackwardPlace<S>& at) {
-  return s.data + (at.row * s.stride_b + at.channel * s.stride_c) * s.element_size();
-}
+// Byte offsets in shared memory.
+template <class S, bool kGeneral>
+struct BackwardMemory {
+  using Tile = BackwardTile<S::kChannels>;
+  // B and C in fp32: [state][B or C][lane of a channel][8 steps and a pad against bank conflicts].
+  static constexpr int kLanePitch = S::L + 4, kRowPitch = 8 * kLanePitch;
+  static constexpr int kStatePitch = 2 * kRowPitch;
+  // Of each state and channel: A, the adjoint that enters the tile, dA, constant dB, constant dC.
+  static constexpr int kRecord = kGeneral ? 5 : 3, kRecordPitch = kRecord * S::kChannels;
+  static constexpr int kEnterPitch = S::kStates + 4;  // entering states: [channel][state]
+  static constexpr int kLaneSumPitch = 72;            // dA of a warp's lanes: [state][lane][channel]
 
-__device__ __forceinline__ float load_channel(const TensorArg& x, int64_t channel) {
-  return x.data ? load_float(x.data, x.dtype, channel * x.stride[0]) : 0.0f;
-}
+  int u, delta, dout, z, stage, projections, entering, sums, lane_sums, records, total;
 
-// One step of the inclusive scan of the affine maps H -> P h + H over the lanes of a channel, which
-// are 4 apart; `kUp` goes forward in time. Growing products stay finite, so that 0 stays 0.
-template <int kLanes, bool kUp, bool kLast>
-__device__ __forceinline__ void combine(float& P, float& H) {
-  if constexpr (kUp) {
-    asm("{.reg .pred p; .reg .f32 h;\n"
-        "shfl.sync.up.b32 h|p, %0, %2, 0, -1;\n"
-        "@p fma.rn.f32 %0, %1, h, %0;}"
-        : "+f"(H)
-        : "f"(P), "n"(4 * kLanes));
-  } else {
-    asm("{.reg .pred p; .reg .f32 h;\n"
-        "shfl.sync.down.b32 h|p, %0, %2, 31, -1;\n"
-        "@p fma.rn.f32 %0, %1, h, %0;}"
-        : "+f"(H)
-        : "f"(P), "n"(4 * kLanes));
+  __host__ __device__ BackwardMemory(const BackwardArgs& a, int stages) {
+    int at = 0;
+    const auto take = [&](int bytes) {
+      const int here = at;
+      at += (bytes + 15) / 16 * 16;
+      return here;
+    };
+    u = take(Tile::bytes(a.u.element_size()));
+    delta = take(Tile::bytes(a.delta.element_size()));
+    dout = take(Tile::bytes(a.dout.element_size()));
+    z = take(a.p.z.data ? Tile::bytes(a.z.element_size()) : 0);
+    stage = at;  // the second stage lies behind the first
+    take((stages - 1) * stage);
+    projections = take(S::kStates * kStatePitch * 4);
+    entering = take(2 * S::kChannels * kEnterPitch * 4);
+    sums = take(2 * S::kBatch * S::kWarps * 512);
+    lane_sums = take(S::kWarps * S::kBatch * kLaneSumPitch * 4);
+    records = take(static_cast<int>(a.p.state_dim) * kRecordPitch * 4);
+    total = at;
   }
-  if constexpr (!kLast) {
-    // Lanes without a neighbour have no use for their product.
-    const float other = kUp ? __shfl_up_sync(0xffffffffu, P, 4 * kLanes)
-                            : __shfl_down_sync(0xffffffffu, P, 4 * kLanes);
-    P = fminf(P * other, FLT_MAX);
-  }
-}
-
-template <bool kUp>
-__device__ __forceinline__ float scan_steps(float P, float H) {
-  combine<1, kUp, false>(P, H);
-  combine<2, kUp, false>(P, H);
-  combine<4, kUp, true>(P, H);
-  return H;
-}
-
-__device__ __forceinline__ void read_eight(float (&v)[8], const float* from) {
-  const float4 low = *reinterpret_cast<const float4*>(from);
-  const float4 high = *reinterpret_cast<const float4*>(from + 4);
-  v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-  v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-}
+};
 
 }  // namespace mamba

@@ -6,10 +6,21 @@
 
 namespace mamba {
 
+// What kernels are compiled for: one dtype and one memory order of all (b, d, l) tensors, or any.
+enum class BackwardKind {
+  kAny,
+  kBFloat16Channel,
+  kBFloat16Time,
+  kFloat16Channel,
+  kFloat16Time,
+  kFloat32Channel,
+  kFloat32Time
+};
+
 struct BackwardPlan {
+  BackwardKind kind = BackwardKind::kAny;
   int warps = 0;                 // of a block
   int stages = 1;                // 2: the next tile's inputs arrive while one is worked on
-  bool exact_sums = false;       // sums over channels in fp32, else terms of 11 bits
   int64_t blocks_per_group = 1;  // blocks that share the channels of a group
   int64_t slices = 1;            // of a row: groups * blocks_per_group
   int64_t segments = 1;          // stretches of a row that run side by side
@@ -17,8 +28,9 @@ struct BackwardPlan {
   int64_t padded_length = 0;     // of the partial sums of dB and dC
 };
 
-// Of the current device.
-BackwardPlan backward_plan(const ScanParams& p);
+// For the current device. Of g, the inputs and the gradients in their shape count, not the sums.
+// `warps` is 0 where a state does not fit the GPU's shared memory.
+BackwardPlan backward_plan(const ScanGradients& g, const CudaScanEvents& events);
 
 // What else the kernel needs; pointers may be null where the remark says so.
 struct BackwardScratch {
