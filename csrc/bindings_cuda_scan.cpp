@@ -122,8 +122,8 @@ void recompute_chunk_states(ScanCall& call, const CudaScanEvents& events, const 
 void begin_dinitial(const ScanCall& call, const ScanGradients& g, const CudaScanEvents& events,
                     const Tensor& dinitial, void* stream) {
   torch::stable::zero_(const_cast<Tensor&>(dinitial));
-  check_launch(call.op, fill_unused_states_cuda(call.p, events, g.dfinal_state, g.dinitial_state,
-                                                stream));
+  check_launch(call.op,
+               fill_unused_states_cuda(call.p, events, g.dfinal_state, g.dinitial_state, stream));
 }
 
 ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Tensor u, Tensor delta,
@@ -152,7 +152,8 @@ ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Ten
   Tensor du = empty_like_layout(u), ddelta = empty_like_layout(delta);
   Tensor dz = z.has_value() ? empty_like_layout(*z) : memory.absent();
   Tensor dA = memory.floats({p.channels, p.state_dim});
-  Tensor dB = torch::stable::new_empty(B, sizes_of(B)), dC = torch::stable::new_empty(C, sizes_of(C));
+  Tensor dB = torch::stable::new_empty(B, sizes_of(B)),
+         dC = torch::stable::new_empty(C, sizes_of(C));
   Tensor dD = D.has_value() ? memory.floats({p.channels}) : memory.absent();
   Tensor dbias = delta_bias.has_value() ? memory.floats({p.channels}) : memory.absent();
   Tensor dinitial = initial_state.has_value() ? memory.floats(sdn) : memory.absent();
@@ -180,8 +181,8 @@ ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Ten
     }
   }
   check_launch(call.op, scan_backward_cuda(g, device.events, plan, scratch, stream));
-  check_launch(call.op, sum_parts_cuda(sums.sums.data(), static_cast<int>(sums.sums.size()), parts,
-                                       stream));
+  check_launch(call.op,
+               sum_parts_cuda(sums.sums.data(), static_cast<int>(sums.sums.size()), parts, stream));
   if (!p.constant_B) {
     const TensorArg to = BackwardSums::call_arg(call, "dB", dB);
     check_launch(call.op, sum_slices_cuda(p, plan, g.dB, to, stream));

@@ -1,6 +1,6 @@
-// The backward of the selective scan, parallel over time inside a warp and walking tiles of 64 steps
-// from the last to the first. The states of a tile are computed again from the state that enters
-// it, which the forward kept; then the adjoint runs the other way. Sums over states stay in
+// The backward of the selective scan, parallel over time inside a warp and walking tiles of 64
+// steps from the last to the first. The states of a tile are computed again from the state that
+// enters it, which the forward kept; then the adjoint runs the other way. Sums over states stay in
 // registers; sums over channels (dB, dC) go through tensor cores within a warp, shared memory
 // within a block and partial sums in global memory, always in the same order.
 //
@@ -28,8 +28,7 @@ BackwardArgs backward_args(const ScanGradients& g, const CudaScanEvents& events)
   a.dA = g.dA, a.dB = g.dB, a.dC = g.dC, a.dD = g.dD, a.ddelta_bias = g.ddelta_bias;
   a.group_channels = p.group_channels();
   a.tiles = (p.length + kCudaChunk - 1) / kCudaChunk;
-  a.wide_states =
-      p.state_dim % 4 == 0 && reinterpret_cast<uintptr_t>(p.chunk_states) % 16 == 0;
+  a.wide_states = p.state_dim % 4 == 0 && reinterpret_cast<uintptr_t>(p.chunk_states) % 16 == 0;
   const auto source = [&](const TensorArg& t) {
     const int64_t size = t.dtype == DType::kFloat32 ? 4 : 2;
     const bool aligned = p.groups == 1 || p.group_channels() * size % 16 == 0;
@@ -81,8 +80,9 @@ bool plan_blocks(const BackwardArgs& a, const Gpu& gpu, BackwardPlan* plan) {
   const int two = BackwardMemory<S, kGeneral>(a, 2).total;
   if (one > gpu.block_memory) return false;
   const auto blocks = [&](int bytes) {
-    return bytes > gpu.block_memory ? 0
-                                    : std::min(S::kMinBlocks, gpu.processor_memory / (bytes + 1024));
+    return bytes > gpu.block_memory
+               ? 0
+               : std::min(S::kMinBlocks, gpu.processor_memory / (bytes + 1024));
   };
   plan->warps = S::kWarps;
   plan->stages = blocks(two) >= blocks(one) ? 2 : 1;
@@ -95,8 +95,7 @@ template <class K>
 bool serves_all(const BackwardArgs& a) {
   TileSource B = a.u, C = a.u;  // B and C may have any order
   B.dtype = a.p.B.dtype, C.dtype = a.p.C.dtype;
-  const bool projections =
-      !a.p.constant_B && !a.p.constant_C && serves<K>(B) && serves<K>(C);
+  const bool projections = !a.p.constant_B && !a.p.constant_C && serves<K>(B) && serves<K>(C);
   return projections && serves<K>(a.u) && serves<K>(a.delta) && serves<K>(a.dout) &&
          (!a.p.z.data || serves<K>(a.z));
 }

@@ -24,8 +24,8 @@ struct BackwardShape {
   static constexpr int kMinBlocks = kWarps > 12 ? 1 : 12 / kWarps;
 };
 
-// Tiles without a pad inside the rows of kTime: a lane's steps are one or two 16-byte words, and the
-// lanes that read at once differ in the channel.
+// Tiles without a pad inside the rows of kTime: a lane's steps are one or two 16-byte words, and
+// the lanes that read at once differ in the channel.
 template <int kChannels>
 struct BackwardTile {
   static constexpr int kSteps = 64, kRow = kChannels;
@@ -91,7 +91,7 @@ struct BackwardMemory {
   // Of each state and channel: A, the adjoint that enters the tile, dA, constant dB, constant dC.
   static constexpr int kRecord = kGeneral ? 5 : 3, kRecordPitch = kRecord * S::kChannels;
   static constexpr int kEnterPitch = S::kStates + 4;  // entering states: [channel][state]
-  static constexpr int kLaneSumPitch = 72;            // dA of a warp's lanes: [state][lane][channel]
+  static constexpr int kLaneSumPitch = 72;  // dA of a warp's lanes: [state][lane][channel]
 
   int u, delta, dout, z, stage, projections, entering, sums, lane_sums, records, total;
 

@@ -19,8 +19,7 @@ template <class S, class K, bool kLoad>
 __device__ __forceinline__ void move_block(char* tile, const TileSource& s,
                                            const BackwardPlace<S>& at, int64_t t0, int64_t length) {
   using Tile = BackwardTile<S::kChannels>;
-  char* const start =
-      s.data + (at.row * s.stride_b + at.channel * s.stride_c) * K::size(s);
+  char* const start = s.data + (at.row * s.stride_b + at.channel * s.stride_c) * K::size(s);
   if constexpr (!K::kAny) {
     if (s.order == TileOrder::kElements) {
       move_any_tile<Tile, S::kThreads, kLoad>(tile, start + t0 * s.stride_t * K::size(s), s,
@@ -223,8 +222,8 @@ struct BackwardBlock {
     write_steps<Tile, S::C, S::L>(v, tile, K::order(s), K::dtype(s), at.c, at.i * S::L);
   }
 
-  // delta, delta * u and dy of the lane's steps. Steps that do not exist or are padding get 0, which
-  // leaves states as they are and adds nothing to any sum.
+  // delta, delta * u and dy of the lane's steps. Steps that do not exist or are padding get 0,
+  // which leaves states as they are and adds nothing to any sum.
   __device__ __forceinline__ void prepare(Lane& lane, const char* stage, int64_t t0) const {
     const int t = at.i * S::L, exist = clamp_int(a.p.length - t0 - t, 0, S::L);
     float u[S::C][S::L];
@@ -361,8 +360,8 @@ struct BackwardBlock {
     return reinterpret_cast<float4*>(smem + m.sums) + (turn & 1) * S::kBatch * S::kWarps * 32;
   }
 
-  // Sums a batch of states' dC and dB over the warps and writes the block's share of them. Warps take
-  // turns, `last` being the one that was the last to do so.
+  // Sums a batch of states' dC and dB over the warps and writes the block's share of them. Warps
+  // take turns, `last` being the one that was the last to do so.
   __device__ __forceinline__ void store_batch(int turn, int first_warp, int64_t t0, int first,
                                               int states) const {
     int j = at.warp - first_warp;
@@ -385,8 +384,8 @@ struct BackwardBlock {
     }
   }
 
-  // Adds the lanes' dA of a batch, [state][lane][channel], over the lanes of each channel: one state
-  // and channel for every lane.
+  // Adds the lanes' dA of a batch, [state][lane][channel], over the lanes of each channel: one
+  // state and channel for every lane.
   __device__ __forceinline__ void add_lane_sums(const float* sums, int first, int states) const {
     __syncwarp();
     const int s = at.lane / 8, channel = at.lane % 8;

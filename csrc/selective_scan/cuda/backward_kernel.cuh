@@ -37,9 +37,9 @@ __device__ __forceinline__ void run_state(const BackwardBlock<S, K, kGeneral>& b
   };
   channel(std::integral_constant<int, 0>{});
   channel(std::integral_constant<int, 1>{});
-  const float(&d)[2][4] = sums.channels;
-  *sums_out = make_float4(d[0][0] + d[1][0], d[0][1] + d[1][1], d[0][2] + d[1][2],
-                          d[0][3] + d[1][3]);
+  const float (&d)[2][4] = sums.channels;
+  *sums_out =
+      make_float4(d[0][0] + d[1][0], d[0][1] + d[1][1], d[0][2] + d[1][2], d[0][3] + d[1][3]);
   *lane_sums = make_float2(sums.dA[0], sums.dA[1]);
   if constexpr (kGeneral) {
 #pragma unroll

@@ -8,15 +8,15 @@ namespace mamba {
 // What a lane keeps over a tile.
 template <class S>
 struct BackwardLane {
-  float delta[S::C][S::L], du[S::C][S::L], dy[S::C][S::L];  // du is delta * u
+  float delta[S::C][S::L], du[S::C][S::L], dy[S::C][S::L];   // du is delta * u
   float ddu[S::C][S::L], ddelta[S::C][S::L], y[S::C][S::L];  // sums over the states
   float delta_sum[S::C];
   unsigned masked = 0, starts = 0, ends = 0;  // a bit per step
 };
 
-// The inclusive scans of the affine maps x -> P x + h forward and x -> P x + g backward in time over
-// the lanes of a channel, which lie 4 apart. Both need the same products of P: the backward one
-// takes them from later lanes. Growing products stay finite, so that 0 stays 0.
+// The inclusive scans of the affine maps x -> P x + h forward and x -> P x + g backward in time
+// over the lanes of a channel, which lie 4 apart. Both need the same products of P: the backward
+// one takes them from later lanes. Growing products stay finite, so that 0 stays 0.
 __device__ __forceinline__ void scan_both(float P, float& h, float& g) {
   asm volatile(
       "{.reg .pred p, q; .reg .f32 a, b, c;\n"
@@ -129,12 +129,12 @@ struct StateRun {
 
   // Channel k of the lane; A is in the base of exp2_fast.
   template <int k>
-  __device__ __forceinline__ void channel(int state, const float (&B)[S::L],
-                                          const float (&C)[S::L], float A, float entering,
-                                          float carry, StateSums<S>& sums) const {
-    const float(&delta)[S::L] = lane.delta[k];
-    const float(&du)[S::L] = lane.du[k];
-    const float(&dy)[S::L] = lane.dy[k];
+  __device__ __forceinline__ void channel(int state, const float (&B)[S::L], const float (&C)[S::L],
+                                          float A, float entering, float carry,
+                                          StateSums<S>& sums) const {
+    const float (&delta)[S::L] = lane.delta[k];
+    const float (&du)[S::L] = lane.du[k];
+    const float (&dy)[S::L] = lane.dy[k];
     float decay[S::L], input[S::L], grad[S::L];
 #pragma unroll
     for (int i = 0; i < S::L; ++i) {
@@ -207,8 +207,8 @@ struct StateRun {
                          columns.high[column + 1]);
   }
 
-  // Restarts inside the lane's steps take their initial state and let nothing pass; the last step of
-  // a sequence gets its final state's gradient.
+  // Restarts inside the lane's steps take their initial state and let nothing pass; the last step
+  // of a sequence gets its final state's gradient.
   __device__ __forceinline__ void apply_events(int k, int state, float (&decay)[S::L],
                                                float (&input)[S::L], float (&grad)[S::L],
                                                float& P) const {
@@ -246,7 +246,8 @@ struct StateRun {
     return decayed * a.p.initial_state[state_index(id, k, state)];
   }
 
-  // Hands the lane's adjoints to their initial states. Where starts share one, lane after lane adds.
+  // Hands the lane's adjoints to their initial states. Where starts share one, lane after lane
+  // adds.
   __device__ __forceinline__ void add_starts(int k, int state, const float (&decayed)[S::L]) const {
     const bool shared = *a.scratch.shared_starts;
     for (int turn = 7; turn >= 0; --turn) {
