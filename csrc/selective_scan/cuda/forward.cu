@@ -3,8 +3,7 @@
 // twice: from 0, which gives the affine map of its steps; and, after a shuffle scan of these maps
 // over the lanes of its channel, from the state that enters them. Nothing of size (b, d, l, n)
 // leaves the registers, and every lane of the chip is busy however few channels there are.
-#include <cuda_runtime.h>
-
+#include "forward_launch.cuh"
 #include "forward_states.cuh"
 
 namespace mamba {
@@ -51,35 +50,6 @@ __device__ __forceinline__ void store_carry(const ForwardArgs& a, const Place<S>
   }
 }
 
-template <class S, class K, bool kGeneral>
-__device__ __forceinline__ void finish_steps(Lane<S>& lane, const ForwardArgs& a,
-                                             const Place<S>& at, char* smem,
-                                             const typename Forward<S>::Memory& m) {
-  using Tile = typename Forward<S>::Tile;
-  const int t = at.g * S::L;
-  if (a.p.z.data) {
-    float z[S::C][S::L];
-    read_steps<Tile, S::C, S::L>(z, smem + m.z, K::order(a.z), K::dtype(a.z), at.c, t);
-#pragma unroll
-    for (int k = 0; k < S::C; ++k) {
-#pragma unroll
-      for (int i = 0; i < S::L; ++i) lane.y[k][i] *= z[k][i] * sigmoid(z[k][i]);
-    }
-  }
-  if constexpr (kGeneral) {
-    if (lane.padding) {
-#pragma unroll
-      for (int k = 0; k < S::C; ++k) {
-#pragma unroll
-        for (int i = 0; i < S::L; ++i) {
-          lane.y[k][i] = lane.padding >> i & 1 ? 0.0f : lane.y[k][i];
-        }
-      }
-    }
-  }
-  write_steps<Tile, S::C, S::L>(lane.y, smem + m.B, K::order(a.out), K::dtype(a.out), at.c, t);
-}
-
 // The states that enter the block, and A in the base of exp2_fast.
 template <class S>
 __device__ __forceinline__ void load_states(const ForwardArgs& a, const Place<S>& at, float* A,
@@ -94,25 +64,6 @@ __device__ __forceinline__ void load_states(const ForwardArgs& a, const Place<S>
     }
     A[state * S::kChannels + c] = exists ? kLog2e * load_at(a.p.A, at.channel + c, state) : 0.0f;
     carry[state * S::kChannels + c] = entering;
-  }
-}
-
-template <class S, class K, bool kGeneral>
-__device__ __forceinline__ void load_projections(const ForwardArgs& a,
-                                                 const BlockConstants<S>& from, char* smem,
-                                                 const typename Forward<S>::Memory& m, int64_t t0,
-                                                 int first_state) {
-  using StateTile = typename Forward<S>::StateTile;
-  const int states = min(static_cast<int>(a.p.state_dim) - first_state, S::kStates);
-  if (!kGeneral || !a.p.constant_B) {
-    load_tile<K, StateTile, S::kThreads>(smem + m.B_raw, a.B,
-                                         from.B + first_state * a.B.stride_c * a.B.element_size(),
-                                         t0, a.p.length - t0, states);
-  }
-  if (!kGeneral || !a.p.constant_C) {
-    load_tile<K, StateTile, S::kThreads>(smem + m.C_raw, a.C,
-                                         from.C + first_state * a.C.stride_c * a.C.element_size(),
-                                         t0, a.p.length - t0, states);
   }
 }
 
@@ -216,66 +167,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 }
 
 template <class S>
-ForwardArgs forward_args(const ScanParams& p, const CudaScanEvents& events) {
-  ForwardArgs a;
-  a.p = p, a.events = events, a.group_channels = p.group_channels();
-  a.blocks_per_group = (p.group_channels() + S::kChannels - 1) / S::kChannels;
-  a.every_chunk = p.chunks > 1;
-  const auto source = [&](const TensorArg& t) {
-    const int64_t size = t.dtype == DType::kFloat32 ? 4 : 2;
-    const bool aligned = p.groups == 1 || p.group_channels() * size % 16 == 0;
-    return tile_source(t.data, t.dtype, t.stride[0], t.stride[1], t.stride[2], S::kChannels,
-                       aligned);
-  };
-  const auto projection = [&](const TensorArg& t) {
-    const int64_t size = t.dtype == DType::kFloat32 ? 4 : 2;
-    TileSource s =
-        tile_source(t.data, t.dtype, t.stride[0], t.stride[2], t.stride[3], S::kStates, true);
-    if (p.groups > 1 && t.stride[1] * size % 16 != 0) s.order = TileOrder::kElements;
-    return s;
-  };
-  a.u = source(p.u), a.delta = source(p.delta), a.z = source(p.z), a.out = source(p.out);
-  if (!p.constant_B) a.B = projection(p.B);
-  if (!p.constant_C) a.C = projection(p.C);
-  return a;
-}
-
-template <class S, class K, bool kGeneral>
-const char* launch(const ForwardArgs& a, cudaStream_t stream) {
-  const typename Forward<S>::Memory m(a);
-  const auto kernel = scan_forward_kernel<S, K, kGeneral>;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, m.total);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int64_t blocks = a.p.batch * a.p.groups * a.blocks_per_group;
-  kernel<<<static_cast<unsigned>(blocks), S::kThreads, m.total, stream>>>(a);
-  error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-template <class K>
-bool fits(const ForwardArgs& a) {
-  return K::fits(a.u) && K::fits(a.delta) && K::fits(a.out) && K::fits(a.B) && K::fits(a.C) &&
-         (!a.p.z.data || K::fits(a.z));
-}
-
-template <class S>
-const char* launch(const ForwardArgs& a, cudaStream_t stream) {
-  using Any = TileKind<-1, -1>;
-  if (a.events.before || a.p.constant_B || a.p.constant_C) return launch<S, Any, true>(a, stream);
-#define MAMBA_TRY(dtype, order)                                                           \
-  using K##dtype##order =                                                                 \
-      TileKind<static_cast<int>(DType::k##dtype), static_cast<int>(TileOrder::k##order)>; \
-  if (fits<K##dtype##order>(a)) return launch<S, K##dtype##order, false>(a, stream)
-  MAMBA_TRY(BFloat16, Channel);
-  MAMBA_TRY(BFloat16, Time);
-  MAMBA_TRY(Float16, Channel);
-  MAMBA_TRY(Float16, Time);
-  MAMBA_TRY(Float32, Channel);
-  MAMBA_TRY(Float32, Time);
-#undef MAMBA_TRY
-  return launch<S, Any, false>(a, stream);
-}
+struct Launch {
+  template <class K, bool kGeneral>
+  static const char* run(const ForwardArgs& a, cudaStream_t stream) {
+    return launch_kernel(scan_forward_kernel<S, K, kGeneral>, a, S::kThreads,
+                         typename Forward<S>::Memory(a).total, stream);
+  }
+};
 
 }  // namespace
 
@@ -283,19 +181,9 @@ const char* scan_forward_cuda(const ScanParams& p, const CudaScanEvents& events,
                               void* stream_handle) {
   if (p.batch * p.channels * p.length == 0) return nullptr;
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  using Wide = ScanShape<8, 2, 8, 16, 1, 4>;   // many channels
-  using Long = ScanShape<32, 1, 16, 4, 1, 3>;  // few: more lanes to each
-  int device = 0, processors = 0, memory = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const ForwardArgs wide = forward_args<Wide>(p, events);
-  const int64_t blocks = p.batch * p.groups * wide.blocks_per_group;
-  const bool fits = Forward<Wide>::Memory(wide).total <= memory;
-  if (fits && (blocks >= 2 * processors || p.length <= Wide::kSteps)) {
-    return launch<Wide>(wide, stream);
-  }
-  return launch<Long>(forward_args<Long>(p, events), stream);
+  if (sequential_fits(p)) return scan_forward_sequential(p, events, stream);
+  using Shape = ScanShape<32, 1, 16, 4, 1, 3>;
+  return launch_for<Launch<Shape>>(forward_args<Shape>(p, events), stream);
 }
 
 }  // namespace mamba

@@ -7,6 +7,99 @@
 
 namespace mamba {
 
+template <class S>
+struct Forward {
+  using Tile = TileLayout<S::kChannels, S::G, S::L>;
+  using StateTile = TileLayout<S::kStates, 1, S::kSteps>;
+  // fp32 B and C: [state][lane of the group][L + 4], rows padded against bank conflicts.
+  static constexpr int kLanePitch = S::L + 4, kStatePitch = S::G * kLanePitch + 4;
+  // Chunk states inside a tile; with one chunk a tile they are the carry itself.
+  static constexpr int kSlots = S::kSteps > kCudaChunk ? S::kSteps / kCudaChunk : 0,
+                       kSlotPitch = S::kStates + 4;
+
+  // Byte offsets in shared memory.
+  struct Memory {
+    int u, delta, z, B_raw, C_raw, B, C, out, slots, A, carry, total;
+    __host__ __device__ Memory(const ForwardArgs& a) {
+      int at = 0;
+      const auto take = [&](int bytes) {
+        const int here = at;
+        at += (bytes + 15) / 16 * 16;
+        return here;
+      };
+      u = take(Tile::bytes(a.u.element_size()));
+      delta = take(Tile::bytes(a.delta.element_size()));
+      z = take(a.p.z.data ? Tile::bytes(a.z.element_size()) : 0);
+      B_raw = take(a.p.constant_B ? 0 : StateTile::bytes(a.B.element_size()));
+      C_raw = take(a.p.constant_C ? 0 : StateTile::bytes(a.C.element_size()));
+      // The output tile takes the place of B and C once a tile's states are done.
+      const int projections = 2 * S::kStates * kStatePitch * 4;
+      const int output = Tile::bytes(a.out.element_size());
+      B = take(projections > output ? projections : output);
+      C = B + S::kStates * kStatePitch * 4, out = B;
+      slots = take(kSlots * S::kChannels * kSlotPitch * 4);
+      A = take(static_cast<int>(a.p.state_dim) * S::kChannels * 4);
+      carry = take(static_cast<int>(a.p.state_dim) * S::kChannels * 4);
+      total = at;
+    }
+  };
+};
+
+// B or C as fp32, steps innermost; steps that do not exist become 0.
+template <class S, int kSize, bool kByState>
+__device__ __forceinline__ void convert_projection(float* to, const char* tile, bool bf16,
+                                                   int steps) {
+  using F = Forward<S>;
+  constexpr auto kOrder = kByState ? TileOrder::kChannel : TileOrder::kTime;
+  constexpr int kQuads = S::kSteps / 4, kCount = S::kStates * kQuads / S::kThreads;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const int i = threadIdx.x + k * S::kThreads;
+    const int n = kByState ? i % S::kStates : i / kQuads;
+    const int t = 4 * (kByState ? i / S::kStates : i % kQuads);
+    const char* from = tile + F::StateTile::at(kOrder, kSize, n, t);
+    float v[4];
+    if constexpr (kByState) {
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const char* at = from + q * S::kStates * kSize;
+        v[q] = kSize == 4 ? *reinterpret_cast<const float*>(at)
+                          : unpack(*reinterpret_cast<const uint16_t*>(at), bf16).x;
+      }
+    } else if constexpr (kSize == 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from);
+      v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+    } else {
+      const uint2 words = *reinterpret_cast<const uint2*>(from);
+      const float2 low = unpack(words.x, bf16), high = unpack(words.y, bf16);
+      v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
+    }
+    if (steps < S::kSteps) {
+#pragma unroll
+      for (int q = 0; q < 4; ++q) v[q] = t + q < steps ? v[q] : 0.0f;
+    }
+    *reinterpret_cast<float4*>(to + n * F::kStatePitch + t / S::L * F::kLanePitch + t % S::L) =
+        make_float4(v[0], v[1], v[2], v[3]);
+  }
+}
+
+template <class S, class K>
+__device__ __forceinline__ void convert_projection(float* to, const char* tile, const TileSource& s,
+                                                   int steps) {
+  const bool bf16 = K::dtype(s) == DType::kBFloat16, by_state = K::order(s) == TileOrder::kChannel;
+  if (K::size(s) == 4) {
+    if (by_state) {
+      convert_projection<S, 4, true>(to, tile, bf16, steps);
+    } else {
+      convert_projection<S, 4, false>(to, tile, bf16, steps);
+    }
+  } else if (by_state) {
+    convert_projection<S, 2, true>(to, tile, bf16, steps);
+  } else {
+    convert_projection<S, 2, false>(to, tile, bf16, steps);
+  }
+}
+
 // One round of the inclusive scan of the affine maps h -> P h + H over the G lanes of a channel.
 // Written in PTX for the shuffle's own predicate, which says whether there is a lane to the left.
 template <int G, int kDistance, int C>

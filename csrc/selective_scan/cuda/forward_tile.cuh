@@ -15,44 +15,6 @@ struct ForwardArgs {
   bool every_chunk;  // whether all chunk states are kept, or the first alone
 };
 
-template <class S>
-struct Forward {
-  using Tile = TileLayout<S::kChannels, S::G, S::L>;
-  using StateTile = TileLayout<S::kStates, 1, S::kSteps>;
-  // fp32 B and C: [state][lane of the group][L + 4], rows padded against bank conflicts.
-  static constexpr int kLanePitch = S::L + 4, kStatePitch = S::G * kLanePitch + 4;
-  // Chunk states inside a tile; with one chunk a tile they are the carry itself.
-  static constexpr int kSlots = S::kSteps > kCudaChunk ? S::kSteps / kCudaChunk : 0,
-                       kSlotPitch = S::kStates + 4;
-
-  // Byte offsets in shared memory.
-  struct Memory {
-    int u, delta, z, B_raw, C_raw, B, C, slots, A, carry, total;
-    __host__ __device__ Memory(const ForwardArgs& a) {
-      int at = 0;
-      const auto take = [&](int bytes) {
-        const int here = at;
-        at += (bytes + 15) / 16 * 16;
-        return here;
-      };
-      u = take(Tile::bytes(a.u.element_size()));
-      delta = take(Tile::bytes(a.delta.element_size()));
-      z = take(a.p.z.data ? Tile::bytes(a.z.element_size()) : 0);
-      B_raw = take(a.p.constant_B ? 0 : StateTile::bytes(a.B.element_size()));
-      C_raw = take(a.p.constant_C ? 0 : StateTile::bytes(a.C.element_size()));
-      // The output tile takes the place of B and C once a tile's states are done.
-      const int projections = 2 * S::kStates * kStatePitch * 4;
-      const int output = Tile::bytes(a.out.element_size());
-      B = take(projections > output ? projections : output);
-      C = B + S::kStates * kStatePitch * 4;
-      slots = take(kSlots * S::kChannels * kSlotPitch * 4);
-      A = take(static_cast<int>(a.p.state_dim) * S::kChannels * 4);
-      carry = take(static_cast<int>(a.p.state_dim) * S::kChannels * 4);
-      total = at;
-    }
-  };
-};
-
 // What a lane keeps over a tile.
 template <class S>
 struct Lane {
@@ -111,69 +73,14 @@ struct BlockConstants {
   }
 };
 
-// B or C as fp32, steps innermost; steps that do not exist become 0.
-template <class S, int kSize, bool kByState>
-__device__ __forceinline__ void convert_projection(float* to, const char* tile, bool bf16,
-                                                   int steps) {
-  using F = Forward<S>;
-  constexpr auto kOrder = kByState ? TileOrder::kChannel : TileOrder::kTime;
-  constexpr int kQuads = S::kSteps / 4, kCount = S::kStates * kQuads / S::kThreads;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    const int i = threadIdx.x + k * S::kThreads;
-    const int n = kByState ? i % S::kStates : i / kQuads;
-    const int t = 4 * (kByState ? i / S::kStates : i % kQuads);
-    const char* from = tile + F::StateTile::at(kOrder, kSize, n, t);
-    float v[4];
-    if constexpr (kByState) {
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const char* at = from + q * S::kStates * kSize;
-        v[q] = kSize == 4 ? *reinterpret_cast<const float*>(at)
-                          : unpack(*reinterpret_cast<const uint16_t*>(at), bf16).x;
-      }
-    } else if constexpr (kSize == 4) {
-      const float4 four = *reinterpret_cast<const float4*>(from);
-      v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
-    } else {
-      const uint2 words = *reinterpret_cast<const uint2*>(from);
-      const float2 low = unpack(words.x, bf16), high = unpack(words.y, bf16);
-      v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
-    }
-    if (steps < S::kSteps) {
-#pragma unroll
-      for (int q = 0; q < 4; ++q) v[q] = t + q < steps ? v[q] : 0.0f;
-    }
-    *reinterpret_cast<float4*>(to + n * F::kStatePitch + t / S::L * F::kLanePitch + t % S::L) =
-        make_float4(v[0], v[1], v[2], v[3]);
-  }
-}
-
-template <class S, class K>
-__device__ __forceinline__ void convert_projection(float* to, const char* tile, const TileSource& s,
-                                                   int steps) {
-  const bool bf16 = K::dtype(s) == DType::kBFloat16, by_state = K::order(s) == TileOrder::kChannel;
-  if (K::size(s) == 4) {
-    if (by_state) {
-      convert_projection<S, 4, true>(to, tile, bf16, steps);
-    } else {
-      convert_projection<S, 4, false>(to, tile, bf16, steps);
-    }
-  } else if (by_state) {
-    convert_projection<S, 2, true>(to, tile, bf16, steps);
-  } else {
-    convert_projection<S, 2, false>(to, tile, bf16, steps);
-  }
-}
-
 // delta, delta * u and the skip D * u of the lane's steps; steps that do not exist or are padding
 // get delta = 0, which leaves the state as it is.
-template <class S, class K, bool kGeneral>
+template <class S, class K, bool kGeneral, class Memory>
 __device__ __forceinline__ void prepare_steps(Lane<S>& lane, const ForwardArgs& a,
                                               const Place<S>& at, const char* smem,
-                                              const typename Forward<S>::Memory& m,
+                                              const Memory& m,
                                               const BlockConstants<S>& constants, int64_t t0) {
-  using Tile = typename Forward<S>::Tile;
+  using Tile = TileLayout<S::kChannels, S::G, S::L>;
   const int t = at.g * S::L, exist = clamp_int(a.p.length - t0 - t, 0, S::L);
   read_steps<Tile, S::C, S::L>(lane.delta, smem + m.delta, K::order(a.delta), K::dtype(a.delta),
                                at.c, t);
@@ -223,6 +130,56 @@ __device__ __forceinline__ void prepare_steps(Lane<S>& lane, const ForwardArgs& 
       lane.y[k][i] = D * u;
     }
   }
+}
+
+// Starts to bring the tile's part of up to kStates states of B and C.
+template <class S, class K, bool kGeneral, class Memory>
+__device__ __forceinline__ void load_projections(const ForwardArgs& a,
+                                                 const BlockConstants<S>& from, char* smem,
+                                                 const Memory& m, int64_t t0,
+                                                 int first_state) {
+  using StateTile = TileLayout<S::kStates, 1, S::kSteps>;
+  const int states = min(static_cast<int>(a.p.state_dim) - first_state, S::kStates);
+  if (!kGeneral || !a.p.constant_B) {
+    load_tile<K, StateTile, S::kThreads>(smem + m.B_raw, a.B,
+                                         from.B + first_state * a.B.stride_c * a.B.element_size(),
+                                         t0, a.p.length - t0, states);
+  }
+  if (!kGeneral || !a.p.constant_C) {
+    load_tile<K, StateTile, S::kThreads>(smem + m.C_raw, a.C,
+                                         from.C + first_state * a.C.stride_c * a.C.element_size(),
+                                         t0, a.p.length - t0, states);
+  }
+}
+
+// The gate, and the output into shared memory.
+template <class S, class K, bool kGeneral, class Memory>
+__device__ __forceinline__ void finish_steps(Lane<S>& lane, const ForwardArgs& a,
+                                             const Place<S>& at, char* smem,
+                                             const Memory& m) {
+  using Tile = TileLayout<S::kChannels, S::G, S::L>;
+  const int t = at.g * S::L;
+  if (a.p.z.data) {
+    float z[S::C][S::L];
+    read_steps<Tile, S::C, S::L>(z, smem + m.z, K::order(a.z), K::dtype(a.z), at.c, t);
+#pragma unroll
+    for (int k = 0; k < S::C; ++k) {
+#pragma unroll
+      for (int i = 0; i < S::L; ++i) lane.y[k][i] *= z[k][i] * sigmoid(z[k][i]);
+    }
+  }
+  if constexpr (kGeneral) {
+    if (lane.padding) {
+#pragma unroll
+      for (int k = 0; k < S::C; ++k) {
+#pragma unroll
+        for (int i = 0; i < S::L; ++i) {
+          lane.y[k][i] = lane.padding >> i & 1 ? 0.0f : lane.y[k][i];
+        }
+      }
+    }
+  }
+  write_steps<Tile, S::C, S::L>(lane.y, smem + m.out, K::order(a.out), K::dtype(a.out), at.c, t);
 }
 
 }  // namespace mamba
