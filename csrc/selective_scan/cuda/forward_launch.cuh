@@ -54,7 +54,8 @@ bool fits(const ForwardArgs& a) {
 template <class Launch>
 const char* launch_for(const ForwardArgs& a, cudaStream_t stream) {
   using Any = TileKind<-1, -1>;
-  if (a.events.before || a.p.constant_B || a.p.constant_C) return Launch::template run<Any, true>(a, stream);
+  if (a.events.before || a.p.constant_B || a.p.constant_C)
+    return Launch::template run<Any, true>(a, stream);
 #define MAMBA_TRY(dtype, order)                                                           \
   using K##dtype##order =                                                                 \
       TileKind<static_cast<int>(DType::k##dtype), static_cast<int>(TileOrder::k##order)>; \

@@ -1,6 +1,6 @@
-// The forward selective scan for many channels: each lane walks the steps in order with a few states of
-// one channel in registers, four lanes to a channel. No state is ever visited twice, and the
-// exponentials, which bind here, are spread evenly over the multiply-adds.
+// The forward selective scan for many channels: each lane walks the steps in order with a few
+// states of one channel in registers, four lanes to a channel. No state is ever visited twice, and
+// the exponentials, which bind here, are spread evenly over the multiply-adds.
 #include "forward_launch.cuh"
 
 namespace mamba {
@@ -12,9 +12,9 @@ constexpr int kSteps = Shape::kSteps, kChannels = Shape::kChannels;
 constexpr int kLanes = 4;  // of a channel
 static_assert(Shape::kWarpChannels * kLanes == 32, "a warp prepares what it walks");
 // Words of shared memory; the odd multiples of 4 spread neighbouring rows over the banks.
-constexpr int kStepPitch = 2 * kSteps + 4;             // (delta, delta u) of a channel
+constexpr int kStepPitch = 2 * kSteps + 4;                // (delta, delta u) of a channel
 constexpr int kProjectionPitch = 2 * Shape::kStates + 4;  // (B, C) of a step
-constexpr int kOutPitch = kSteps + 4;                  // C h of a channel
+constexpr int kOutPitch = kSteps + 4;                     // C h of a channel
 
 struct Memory {
   int u, delta, z, B_raw, C_raw, steps, projections, out, sums, carry, total;
@@ -44,20 +44,21 @@ struct Memory {
   }
 };
 
-// B or C of a tile as fp32 into every row of `to`; what does not exist becomes 0.
+// Four elements of a staged tile of B or C: neighbouring states of one step (kByState) or steps of
+// one state.
 template <int kSize, bool kByState>
-__device__ __forceinline__ void convert_rows(float* to, const char* tile, bool bf16, int steps,
-                                             const int* before) {
-  using StateTile = TileLayout<Shape::kStates, 1, kSteps>;
-  constexpr auto kOrder = kByState ? TileOrder::kChannel : TileOrder::kTime;
-  constexpr int kCount = Shape::kStates * kSteps / 4 / Shape::kThreads;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    const int i = threadIdx.x + k * Shape::kThreads;
-    const int n = kByState ? i % (Shape::kStates / 4) * 4 : i % Shape::kStates;
-    const int t = kByState ? i / (Shape::kStates / 4) : i / Shape::kStates * 4;
+struct Quad {
+  int n, t;
+  float v[4];
+
+  __device__ __forceinline__ void place(int i) {
+    n = kByState ? i % (Shape::kStates / 4) * 4 : i % Shape::kStates;
+    t = kByState ? i / (Shape::kStates / 4) : i / Shape::kStates * 4;
+  }
+  __device__ __forceinline__ void read(const char* tile, bool bf16) {
+    using StateTile = TileLayout<Shape::kStates, 1, kSteps>;
+    constexpr auto kOrder = kByState ? TileOrder::kChannel : TileOrder::kTime;
     const char* from = tile + StateTile::at(kOrder, kSize, n, t);
-    float v[4];
     if constexpr (kSize == 4) {
       const float4 four = *reinterpret_cast<const float4*>(from);
       v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
@@ -66,22 +67,45 @@ __device__ __forceinline__ void convert_rows(float* to, const char* tile, bool b
       const float2 low = unpack(words.x, bf16), high = unpack(words.y, bf16);
       v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
     }
-    if (steps < kSteps || before) {
+  }
+  // What does not exist becomes 0.
+  __device__ __forceinline__ void mask(int steps, const int* before) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const int step = kByState ? t : t + q;
-        const bool exists = step < steps && !(before && before[step] == CudaScanEvents::kPadding);
-        v[q] = exists ? v[q] : 0.0f;
-      }
-    }
-    float* const row = to + t * kProjectionPitch + n;
-    if constexpr (kByState) {
-      *reinterpret_cast<float4*>(row) = make_float4(v[0], v[1], v[2], v[3]);
-    } else {
-#pragma unroll
-      for (int q = 0; q < 4; ++q) row[q * kProjectionPitch] = v[q];
+    for (int q = 0; q < 4; ++q) {
+      const int step = kByState ? t : t + q;
+      const bool exists = step < steps && !(before && before[step] == CudaScanEvents::kPadding);
+      v[q] = exists ? v[q] : 0.0f;
     }
   }
+  __device__ __forceinline__ void write(float* rows) const {
+    float* const to = rows + t * kProjectionPitch + n;
+    if constexpr (kByState) {
+      *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
+    } else {
+#pragma unroll
+      for (int q = 0; q < 4; ++q) to[q * kProjectionPitch] = v[q];
+    }
+  }
+};
+
+// B or C of a tile as fp32 into every row of `to`. Everything is read before anything is written,
+// so that latencies overlap.
+template <int kSize, bool kByState>
+__device__ __forceinline__ void convert_rows(float* to, const char* tile, bool bf16, int steps,
+                                             const int* before) {
+  constexpr int kCount = Shape::kStates * kSteps / 4 / Shape::kThreads;
+  Quad<kSize, kByState> quads[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    quads[k].place(threadIdx.x + k * Shape::kThreads);
+    quads[k].read(tile, bf16);
+  }
+  if (steps < kSteps || before) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) quads[k].mask(steps, before);
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) quads[k].write(to);
 }
 
 template <class K>
@@ -99,6 +123,15 @@ __device__ __forceinline__ void convert_rows(float* to, const char* tile, const 
   } else {
     convert_rows<2, false>(to, tile, bf16, steps, before);
   }
+}
+
+// Which of the kLanes lanes of its channel this thread is, and the channel's place in the block.
+// Neighbouring threads walk neighbouring channels: those that read the same B and C then sit in the
+// same quarter of a warp, which costs shared memory one access.
+constexpr int kWarpRows = 32 / kLanes;
+__device__ __forceinline__ int walking_lane() { return threadIdx.x % 32 / kWarpRows; }
+__device__ __forceinline__ int walking_channel() {
+  return threadIdx.x / 32 * kWarpRows + threadIdx.x % kWarpRows;
 }
 
 // What seq_idx says about the steps of a tile, and which groups of four steps it concerns.
@@ -128,12 +161,13 @@ struct States {
   int first, count;        // count of them exist
 
   __device__ __forceinline__ void place(const ForwardArgs& a, int block) {
-    first = block + static_cast<int>(threadIdx.x) % kLanes * kPer;
+    first = block + walking_lane() * kPer;
     count = clamp_int(a.p.state_dim - first, 0, kPer);
   }
   __device__ __forceinline__ void load_A(const ForwardArgs& a, int channel) {
 #pragma unroll
-    for (int k = 0; k < kPer; ++k) A[k] = k < count ? kLog2e * load_at(a.p.A, channel, first + k) : 0.0f;
+    for (int k = 0; k < kPer; ++k)
+      A[k] = k < count ? kLog2e * load_at(a.p.A, channel, first + k) : 0.0f;
   }
   // To and from rows of state_dim states.
   __device__ __forceinline__ void load(const float* row) {
@@ -184,10 +218,10 @@ __device__ __forceinline__ float run_step(States<kPer>& s, float delta, float du
 __device__ __forceinline__ float join_lanes(const float (&v)[4], int j) {
   const bool odd = j & 1, high = j & 2;
   float first = odd ? v[1] : v[0], second = odd ? v[3] : v[2];
-  first += __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], 1);
-  second += __shfl_xor_sync(0xffffffffu, odd ? v[2] : v[3], 1);
+  first += __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], kWarpRows);
+  second += __shfl_xor_sync(0xffffffffu, odd ? v[2] : v[3], kWarpRows);
   const float kept = high ? second : first;
-  return kept + __shfl_xor_sync(0xffffffffu, high ? first : second, 2);
+  return kept + __shfl_xor_sync(0xffffffffu, high ? first : second, 2 * kWarpRows);
 }
 
 // seq_idx and constant B and C, where a kernel serves them.
@@ -224,43 +258,63 @@ struct General {
   }
 };
 
-// Walks the tile: `steps` (delta, delta u) and `sums` are rows of the lane's channel, `rows` the
-// lane's place in (B, C) of the first step. `add`: onto the sums of the states before.
-template <bool kGeneral, int kPer>
-__device__ __forceinline__ void walk(States<kPer>& s, const ForwardArgs& a, const float* steps,
-                                     const float* rows, float* sums, int exist, bool add,
-                                     const General<kPer>& general) {
-  const int j = threadIdx.x % kLanes;
-#pragma unroll 2
-  for (int t = 0; t < exist; t += 4) {
-    float v[4], pairs[8];
+// What four steps of a walk read from shared memory.
+template <int kPer>
+struct FourSteps {
+  float pairs[8], B[4][kPer], C[4][kPer];
+
+  __device__ __forceinline__ void read(const float* steps, const float* rows, int t) {
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
       const float4 four = *reinterpret_cast<const float4*>(steps + 2 * t + i);
       pairs[i] = four.x, pairs[i + 1] = four.y, pairs[i + 2] = four.z, pairs[i + 3] = four.w;
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      read_states<kPer>(B[i], rows + (t + i) * kProjectionPitch);
+      read_states<kPer>(C[i], rows + (t + i) * kProjectionPitch + Shape::kStates);
+    }
+  }
+};
+
+// Walks the tile: `steps` (delta, delta u) and `sums` are rows of the lane's channel, `rows` the
+// lane's place in (B, C) of the first step. `add`: onto the sums of the states before. Reads run
+// one group of four steps ahead and sums across lanes one behind, so that neither is waited for.
+template <bool kGeneral, int kPer>
+__device__ __forceinline__ void walk(States<kPer>& s, const ForwardArgs& a, const float* steps,
+                                     const float* rows, float* sums, int exist, bool add,
+                                     const General<kPer>& general) {
+  const int j = walking_lane();
+  float* to = sums + j;
+  FourSteps<kPer> now;
+  now.read(steps, rows, 0);
+  float v[4] = {};
+#pragma unroll 2
+  for (int t = 0; t < exist; t += 4) {
+    FourSteps<kPer> next;
+    next.read(steps, rows, min(t + 4, kSteps - 4));
+    float sum = join_lanes(v, j);
+    if (add && t > 0) sum += to[t - 4];
     const bool concerned = kGeneral && general.events && general.events->concerned >> t / 4 & 1;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float B[kPer], C[kPer];
-      const float* row = rows + (t + i) * kProjectionPitch;
-      read_states<kPer>(B, row);
-      read_states<kPer>(C, row + Shape::kStates);
       if constexpr (kGeneral) {
 #pragma unroll
         for (int k = 0; k < kPer; ++k) {
-          B[k] = a.p.constant_B ? general.B[k] : B[k];
-          C[k] = a.p.constant_C ? general.C[k] : C[k];
+          now.B[i][k] = a.p.constant_B ? general.B[k] : now.B[i][k];
+          now.C[i][k] = a.p.constant_C ? general.C[k] : now.C[i][k];
         }
         if (concerned) general.before_step(a, s, t + i);
       }
-      v[i] = run_step<kPer>(s, pairs[2 * i], pairs[2 * i + 1], B, C);
+      v[i] = run_step<kPer>(s, now.pairs[2 * i], now.pairs[2 * i + 1], now.B[i], now.C[i]);
       if (concerned) general.after_step(a, s, t + i);
     }
-    const float sum = join_lanes(v, j);
-    float* const to = sums + t + j;
-    *to = add ? *to + sum : sum;
+    if (t > 0) to[t - 4] = sum;
+    now = next;
   }
+  const int last = (exist - 1) / 4 * 4;
+  const float sum = join_lanes(v, j);
+  to[last] = add ? to[last] + sum : sum;
 }
 
 template <bool kGeneral>
@@ -361,13 +415,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     load_tile<K, Tile, Shape::kThreads>(smem + offset, s, data, t0, a.p.length - t0, at.channels);
   };
   Walker walker;
-  walker.c = static_cast<int>(threadIdx.x) / kLanes;
+  walker.c = walking_channel();
   walker.exists = walker.c < at.channels;
   walker.channel = at.channel + min(walker.c, at.channels - 1);
   walker.aligned = n % kPer == 0;
   walker.carry = words(m.carry) + walker.c * ((n + 3) / 4 * 4);
   float* const sums = words(m.sums);
-  const float* const rows = words(m.projections) + threadIdx.x % kLanes * kPer;
+  const float* const rows = words(m.projections) + walking_lane() * kPer;
   load(m.u, a.u, from.u, 0);
   load(m.delta, a.delta, from.delta, 0);
   load_projections<Shape, K, kGeneral>(a, from, smem, m, 0, 0);

@@ -77,8 +77,7 @@ struct BlockConstants {
 // get delta = 0, which leaves the state as it is.
 template <class S, class K, bool kGeneral, class Memory>
 __device__ __forceinline__ void prepare_steps(Lane<S>& lane, const ForwardArgs& a,
-                                              const Place<S>& at, const char* smem,
-                                              const Memory& m,
+                                              const Place<S>& at, const char* smem, const Memory& m,
                                               const BlockConstants<S>& constants, int64_t t0) {
   using Tile = TileLayout<S::kChannels, S::G, S::L>;
   const int t = at.g * S::L, exist = clamp_int(a.p.length - t0 - t, 0, S::L);
@@ -136,8 +135,7 @@ __device__ __forceinline__ void prepare_steps(Lane<S>& lane, const ForwardArgs& 
 template <class S, class K, bool kGeneral, class Memory>
 __device__ __forceinline__ void load_projections(const ForwardArgs& a,
                                                  const BlockConstants<S>& from, char* smem,
-                                                 const Memory& m, int64_t t0,
-                                                 int first_state) {
+                                                 const Memory& m, int64_t t0, int first_state) {
   using StateTile = TileLayout<S::kStates, 1, S::kSteps>;
   const int states = min(static_cast<int>(a.p.state_dim) - first_state, S::kStates);
   if (!kGeneral || !a.p.constant_B) {
@@ -155,8 +153,7 @@ __device__ __forceinline__ void load_projections(const ForwardArgs& a,
 // The gate, and the output into shared memory.
 template <class S, class K, bool kGeneral, class Memory>
 __device__ __forceinline__ void finish_steps(Lane<S>& lane, const ForwardArgs& a,
-                                             const Place<S>& at, char* smem,
-                                             const Memory& m) {
+                                             const Place<S>& at, char* smem, const Memory& m) {
   using Tile = TileLayout<S::kChannels, S::G, S::L>;
   const int t = at.g * S::L;
   if (a.p.z.data) {

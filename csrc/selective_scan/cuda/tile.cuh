@@ -85,13 +85,16 @@ struct TileLayout {
   static constexpr int kSteps = G * L, kRow = kChannels;
   static constexpr int kStepPad = kChannels >= 8 ? 8 : 4;  // elements, with channels innermost
 
+  // Bytes after every L steps of a row; up to 32 bytes a lane, there is next to nothing to spread.
+  __host__ __device__ static constexpr int time_pad(int size) { return L * size > 32 ? 16 : 0; }
+
   __device__ static int at(TileOrder order, int size, int c, int t) {
     if (order == TileOrder::kChannel) return ((t * kChannels + c) + t / L * kStepPad) * size;
-    return c * G * (L * size + 16) + t / L * (L * size + 16) + t % L * size;
+    return (c * G + t / L) * (L * size + time_pad(size)) + t % L * size;
   }
   __host__ __device__ static constexpr int bytes(int size) {
     const int by_channel = (kSteps * kChannels + G * kStepPad) * size;
-    const int by_time = kChannels * G * (L * size + 16);
+    const int by_time = kChannels * G * (L * size + time_pad(size));
     return by_channel > by_time ? by_channel : by_time;
   }
 };
