@@ -116,6 +116,60 @@ def test_public_functions_obey_the_choice(choice, kernels):
     assert not state.any()
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """A library with code for 9.0 alone, and GPUs of the compute capabilities that are set."""
+
+    class Library:
+        @staticmethod
+        def mamba_ssm_cuda_archs():
+            return b"9.0"
+
+    def set_capabilities(*capabilities):
+        native.device_reason.cache_clear()
+        native._gpu_reason.cache_clear()
+        monkeypatch.setattr(native, "status", lambda: {"cuda": (True, ""), "cpu": (True, "")})
+        monkeypatch.setattr(native.ctypes, "CDLL", lambda path: Library())
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+
+    yield set_capabilities
+    native.device_reason.cache_clear()
+    native._gpu_reason.cache_clear()
+
+
+def test_a_gpu_without_code_in_the_library_gets_the_reference(kernels, gpus, monkeypatch):
+    kernels["_state_update", "cuda"] = True
+    call = ("_state_update", "cuda", torch.float16)
+    gpus((9, 0), (9, 0))
+    assert backend.resolve(*call) is overload("_state_update", "default")
+    monkeypatch.setattr(backend, "_warned", set())
+    gpus((9, 0), (7, 5))
+    with pytest.warns(RuntimeWarning, match=r"for compute capability 9.0, but GPU 1 has 7.5"):
+        assert backend.resolve(*call) is overload("_state_update", "reference")
+    with mamba_ssm.backend("native"), pytest.raises(BackendError, match=r"GPU 1 has 7.5"):
+        backend.resolve(*call)
+    assert backend._served(*call)[0] == "reference"
+
+
+def test_the_question_about_gpus_is_answered_while_tracing(gpus):
+    gpus((7, 5))
+    torch._dynamo.reset()
+    traced = torch.compile(
+        lambda x: x + (1 if native.gpu_reason() else 2), backend="eager", fullgraph=True
+    )
+    assert traced(torch.zeros(())) == 1
+
+
+def test_importing_asks_no_gpu():
+    program = (
+        "import torch; torch.cuda.get_device_capability = torch.cuda._lazy_init = None; "
+        "import mamba_ssm.models.mixer_seq_simple; assert not torch.cuda.is_initialized()"
+    )
+    done = fresh(program)
+    assert done.returncode == 0, done.stderr
+
+
 def test_blocks_nest_and_restore_the_choice_after_errors():
     before = backend.current()
     with pytest.raises(KeyError), mamba_ssm.backend("reference"):

@@ -80,6 +80,10 @@ def backend(name: str) -> Iterator[None]:
         _choice = previous
 
 
+def _unserved_gpu(device_type: str) -> str | None:
+    return native.gpu_reason() if device_type == "cuda" else None
+
+
 def why_not_native(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """None if the compiled kernel serves this op, device and dtype, else the reason."""
     if not native.has_kernel(op, device_type):
@@ -87,6 +91,9 @@ def why_not_native(op: str, device_type: str, dtype: torch.dtype) -> str | None:
             device_type, (False, f"no kernels exist for {device_type!r}")
         )
         return f"the {device_type} library has no kernel for {op}" if loaded else reason
+    unserved = _unserved_gpu(device_type)
+    if unserved:
+        return unserved
     if dtype not in _FLOATS:
         return f"the {device_type} kernels take fp32, fp16 and bf16, not {dtype}"
     return None
@@ -119,14 +126,15 @@ def resolve(op: str, device_type: str, dtype: torch.dtype) -> Callable:
             f"backend 'triton' was chosen, but it has no kernel for {op}; "
             "choose 'auto', 'native' or 'reference'"
         )
-    if native.has_kernel(op, device_type) and dtype in _FLOATS:
+    usable = native.has_kernel(op, device_type) and not _unserved_gpu(device_type)
+    if usable and dtype in _FLOATS:
         return _DEFAULT[op]
     if _choice == "native":
         raise BackendError(
             f"backend 'native' was chosen, but it does not serve {op} on {device_type} in {dtype}: "
             f"{why_not_native(op, device_type, dtype)}"
         )
-    if op in SHIPPED_KERNELS.get(device_type, ()) and not native.has_kernel(op, device_type):
+    if op in SHIPPED_KERNELS.get(device_type, ()) and not usable:
         _warn_slower(op, device_type, dtype)
     return _REFERENCE[op]
 

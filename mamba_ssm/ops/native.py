@@ -194,4 +194,22 @@ def device_reason(device_index: int = 0) -> str | None:
     )
 
 
+@functools.cache
+def _gpu_reason() -> str | None:
+    reasons = (device_reason(index) for index in range(torch.cuda.device_count()))
+    return next((reason for reason in reasons if reason), None)
+
+
+def gpu_reason() -> str | None:
+    """Why the CUDA library does not serve every visible GPU, or None when it does.
+
+    One answer for all of them, because ops are chosen by device type; ``CUDA_VISIBLE_DEVICES`` hides
+    a GPU that should not count. Initialises CUDA, so call it only where CUDA tensors exist anyway.
+    """
+    return _gpu_reason()
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the compiler.
+gpu_reason._dynamo_marked_constant = True
+
 load()
