@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from module_helpers import assert_all_same, assert_same, run_with_grads, scrambled
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mamba_ssm import Mamba, MambaLMHeadModel
 from mamba_ssm.models.config_mamba import MambaConfig
@@ -100,3 +101,102 @@ def test_the_language_model(options):
             decode(torch.compile(model, backend="aot_eager", fullgraph=True)), decode(model)
         )
         assert_same(decode(model), model(x).logits)
+
+
+def small_model(device: str = "cpu", **options) -> MambaLMHeadModel:
+    torch.manual_seed(0)
+    config = MambaConfig(
+        **{"d_model": 8, "n_layer": 1, "vocab_size": 24, "ssm_cfg": SHORT} | options
+    )
+    return scrambled(MambaLMHeadModel(config)).to(device)
+
+
+def random_ids(*shape: int, device: str = "cpu") -> torch.Tensor:
+    generator = torch.Generator().manual_seed(shape[-1])
+    return torch.randint(0, 24, shape, generator=generator).to(device)
+
+
+def test_training_steps_compile_once(device):
+    model = small_model(device)
+    twin = small_model(device)
+    counter = CompileCounterWithBackend("aot_eager")
+    loss = torch.compile(lambda ids: model(ids, labels=ids).loss, backend=counter, fullgraph=True)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]
+    losses = (loss, lambda ids: twin(ids, labels=ids).loss)
+    for step in range(4):
+        ids = random_ids(2, 9, device=device).roll(step, 1)
+        for optimizer, loss_of in zip(optimizers, losses, strict=True):
+            optimizer.zero_grad()
+            loss_of(ids).backward()
+            optimizer.step()
+    assert counter.frame_count == 1
+    for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert_same(parameter.detach(), other.detach(), name, scale=4.0)
+
+
+def test_one_inference_graph_serves_all_lengths(device):
+    model = small_model(device)
+    counter = CompileCounterWithBackend("aot_eager")
+    forward = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    counts = []
+    with torch.no_grad():
+        for shape in ((2, 9), (2, 32), (3, 33), (2, 64), (5, 300)):
+            ids = random_ids(*shape, device=device)
+            assert_same(forward(ids).logits, model(ids).logits)
+            counts.append(counter.frame_count)
+    # The first call may hand torch's backend more than one graph; no later one may.
+    assert counts == [counts[0]] * 5
+
+
+def test_training_graphs_for_all_lengths_are_few(device):
+    # A scan keeps a state for every chunk, and torch compiles tensors with a dimension of 1 (one
+    # chunk, or a batch of one) apart.
+    model = small_model(device)
+    counter = CompileCounterWithBackend("aot_eager")
+    loss = torch.compile(
+        lambda ids: model(ids, labels=ids).loss, backend=counter, fullgraph=True, dynamic=True
+    )
+    for shape in ((2, 100), (3, 101), (2, 200), (4, 77), (2, 9), (3, 12)):
+        ids = random_ids(*shape, device=device)
+        expected = run_with_grads(model, lambda ids=ids: model(ids, labels=ids).loss)
+        assert_all_same(run_with_grads(model, lambda ids=ids: loss(ids)), expected)
+    assert counter.frame_count <= 3
+
+
+def test_decoding_steps_compile_once(device):
+    model = small_model(device)
+    counter = CompileCounterWithBackend("aot_eager")
+    forward = torch.compile(model, backend=counter, fullgraph=True)
+    ids = random_ids(2, 12, device=device)
+    counts, outs = [], []
+    cache = InferenceParams(max_seqlen=12, max_batch_size=2)
+    cache.key_value_memory_dict = model.allocate_inference_cache(2, 12)
+    with torch.no_grad():
+        for t in range(12):
+            outs.append(forward(ids[:, t : t + 1], inference_params=cache).logits)
+            cache.seqlen_offset += 1
+            counts.append(counter.frame_count)
+        assert_same(torch.cat(outs, 1), model(ids).logits)
+    # The prefill, the first step, and the first step whose position is a variable.
+    assert counts[2:] == [counts[2]] * 10 and counts[2] <= 3
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.slow
+def test_the_default_compiler_on_the_language_model(dynamic, device):
+    model = small_model(device)
+    ids = random_ids(2, 40, device=device)
+    forward = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    expected = run_with_grads(model, lambda: model(ids).logits)
+    assert_all_same(run_with_grads(model, lambda: forward(ids).logits), expected)
+    with torch.no_grad():
+        assert_same(forward(ids).logits, model(ids).logits)
+
+
+def test_gradient_checkpointing_compiles():
+    model = small_model().train()
+    ids = random_ids(2, 9)
+    expected = run_with_grads(model, lambda: model(ids, labels=ids).loss)
+    model.gradient_checkpointing_enable()
+    loss = compiled(lambda: model(ids, labels=ids).loss)
+    assert_all_same(run_with_grads(model, loss), expected)

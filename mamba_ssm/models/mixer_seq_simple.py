@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections import namedtuple
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +18,8 @@ from torch import nn
 from mamba_ssm.inference import cpu_decoder, is_quantized, quantize_
 from mamba_ssm.models.config_mamba import MambaConfig, check_attn_layer_idx
 from mamba_ssm.models.loss import chunked_cross_entropy, shifted_targets
+from mamba_ssm.models.outputs import CausalLMOutput, CausalLMOutputWithState, MixerModelOutput
+from mamba_ssm.models.recompute import GradientCheckpointing, call_block
 from mamba_ssm.modules.block import Block, add_norm
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.modules.mha import MHA
@@ -47,25 +48,6 @@ __all__ = [
     "layer_norm_fn",
     "rms_norm_fn",
 ]
-
-CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
-
-
-class CausalLMOutputWithState(NamedTuple):
-    """What ``MambaLMHeadModel.forward`` returns once more than logits was asked for."""
-
-    logits: torch.Tensor | None = None
-    loss: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    final_state: list[Any] | None = None
-
-
-class MixerModelOutput(NamedTuple):
-    """What ``MixerModel.forward`` returns once more than the last hidden state was asked for."""
-
-    last_hidden_state: torch.Tensor
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    final_state: list[Any] | None = None
 
 
 def create_block(
@@ -138,7 +120,7 @@ def _init_weights(
                     parameter /= math.sqrt(n_residuals_per_layer * n_layer)
 
 
-class MixerModel(nn.Module):
+class MixerModel(nn.Module, GradientCheckpointing):
     """Embedding, ``n_layer`` blocks and a final norm: token ids (b, l) → (b, l, d_model).
 
     Children: ``embedding``, ``layers.{i}``, ``norm_f``. Arguments as in ``MambaConfig`` and
@@ -247,8 +229,13 @@ class MixerModel(nn.Module):
         for i, layer in enumerate(self.layers):
             if initial_state is not None:
                 mixer_kwargs["initial_state"] = initial_state[i]
-            hidden_states, residual, *state = layer(
-                hidden_states, residual, inference_params=inference_params, **mixer_kwargs
+            hidden_states, residual, *state = call_block(
+                layer,
+                self.gradient_checkpointing and self.training,
+                hidden_states,
+                residual,
+                inference_params=inference_params,
+                **mixer_kwargs,
             )
             states.extend(state)
             if output_hidden_states:
@@ -276,7 +263,7 @@ class MixerModel(nn.Module):
             )
 
 
-class MambaLMHeadModel(nn.Module, GenerationMixin):
+class MambaLMHeadModel(nn.Module, GenerationMixin, GradientCheckpointing):
     """A Mamba language model (arXiv 2312.00752, section 4.2), token ids (b, l) → logits (b, l, V).
 
     Children: ``backbone`` (MixerModel) and ``lm_head``, whose weight is the embedding's when

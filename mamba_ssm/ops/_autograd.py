@@ -1,4 +1,7 @@
-"""Gradients of gradients: the fused backward passes are not differentiable, the plain ops are."""
+"""Where the fused functions step aside: gradients of gradients, and torch.func's transforms.
+
+Neither the fused backward passes nor the internal ops can be transformed; plain torch ops can.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,23 @@ from . import backend
 def wants_double_backward() -> bool:
     """Whether the backward pass that runs now must be differentiable (``create_graph=True``)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def transformed(what: str) -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) is active: plain ops serve ``what``.
+
+    Says so once. Raises BackendError where a compiled backend was chosen explicitly.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    backend.only_reference(f"{what} inside a torch.func transform (grad, vmap, jvp, ...)")
+    backend.warn_once(
+        "torch.func",
+        f"{what} runs inside a torch.func transform (grad, vmap, jvp, ...): there mamba_ssm uses "
+        "plain PyTorch operations, a Python loop over the length, which are slower; "
+        'with mamba_ssm.backend("reference"): chooses them and silences this.',
+    )
+    return True
 
 
 def needs_grad(*values: Any) -> bool:

@@ -43,7 +43,9 @@ def check_device(name: str, x: Tensor | None, device: torch.device, owner: str) 
 
 def values_are_readable(x: Tensor) -> bool:
     """Whether looking at x's values costs no device synchronisation and no graph break."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return x.device.type == "cpu" and type(x) is Tensor
 
 
 def check_indices(name: str, indices: Tensor | None, batch: int, rows: int, owner: str) -> None:

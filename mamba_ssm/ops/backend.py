@@ -99,6 +99,13 @@ def why_not_native(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def warn_once(key: str, message: str) -> None:
+    """A RuntimeWarning, once a process for each key, unless the reference was asked for."""
+    if _choice != "reference" and key not in _warned:
+        _warned.add(key)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
 def _warn_slower(op: str, device_type: str, dtype: torch.dtype) -> None:
     if torch.compiler.is_compiling() or device_type in _warned:
         return

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from ._autograd import differentiable_backward, needs_grad, wants_double_backward
+from ._autograd import differentiable_backward, needs_grad, transformed, wants_double_backward
 from ._checks import (
     INTEGERS,
     check_device,
@@ -145,7 +145,8 @@ def causal_conv1d_fn(
         check_sequence_numbers(seq_idx, num_states)
     if final_states_out is not None:
         check_writable("final_states_out", final_states_out)
-    out, final = _CausalConv1dFn.apply(x, weight, bias, initial_states, seq_idx, num_states, silu)
+    run = _plain if transformed("a causal convolution") else _CausalConv1dFn.apply
+    out, final = run(x, weight, bias, initial_states, seq_idx, num_states, silu)
     if final_states_out is not None:
         with torch.no_grad():
             final_states_out.copy_(final)
@@ -252,7 +253,7 @@ def causal_conv1d_update(
     single = x.dim() == 2
     if single:
         x = x.unsqueeze(-1)
-    if needs_grad(x, conv_state, weight, bias):
+    if transformed("a convolution update") or needs_grad(x, conv_state, weight, bias):
         backend.only_reference("a convolution update that records gradients")
         rows = StateRows(conv_state, conv_state_indices)
         # A copy: autograd keeps the old state, which is overwritten below.

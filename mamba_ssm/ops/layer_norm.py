@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backend
-from ._autograd import differentiable_backward, wants_double_backward
+from ._autograd import differentiable_backward, transformed, wants_double_backward
 from ._checks import check_device, check_dim, check_dtype, check_shape
 from .dtypes import accumulate_dtype, kernel_dtype
 
@@ -108,6 +108,9 @@ def _add_norm(x, residual, weight, bias, eps, is_rms_norm, residual_dtype) -> tu
     d = x.shape[-1]
     rows = x.reshape(-1, d) if d > 0 else x.reshape(x.shape[:-1].numel(), 0)
     more = None if residual is None else residual.reshape(rows.shape)
+    if transformed("a norm"):
+        y, total = _plain(rows, more, weight, bias, eps, is_rms_norm, x.dtype, residual_dtype)
+        return y.reshape(x.shape), total.reshape(x.shape)
     y, total = _AddNormFn.apply(rows, more, weight, bias, eps, is_rms_norm, residual_dtype)
     return y.view(x.shape), x if total.dim() == 1 else total.view(x.shape)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from ._autograd import differentiable_backward, needs_grad, wants_double_backward
+from ._autograd import differentiable_backward, needs_grad, transformed, wants_double_backward
 from ._checks import check_device, check_dtype, check_shape
 from .causal_conv1d import causal_conv1d_ref
 from .chunking import chunk_size_for
@@ -313,6 +313,14 @@ def _compose(ctx, *tensors: Tensor | None) -> Tensor:
     return _out_projection(y, args)
 
 
+def _composed(tensors: tuple, delta_softplus: bool, eps: float) -> Tensor:
+    """:func:`_compose` outside the autograd function, which looks at autocast itself."""
+    device = tensors[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    with torch.autocast(device, enabled=False):
+        return _compose(_Options(delta_softplus, eps, autocast), *tensors)
+
+
 # The public names of the arguments, in the order of _Args.
 _NAMES = (
     "xz", "conv1d_weight", "conv1d_bias", "x_proj_weight", "delta_proj_weight", "out_proj_weight",
@@ -420,6 +428,8 @@ def mamba_inner_fn(
         dt_rms_weight,
     )  # fmt: skip
     _check_inner(_Args(*tensors), checkpoint_lvl)
+    if transformed("a Mamba block"):
+        return _composed(tensors, delta_softplus, b_c_dt_rms_eps)
     return MambaInnerFn.apply(
         *tensors[:14],
         delta_softplus,
@@ -453,7 +463,4 @@ def mamba_inner_ref(
         out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, None, None, None,
     )  # fmt: skip
     _check_inner(_Args(*tensors), checkpoint_lvl=1)
-    device = xz.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    with torch.autocast(device, enabled=False):
-        return _compose(_Options(delta_softplus, 0.0, autocast), *tensors)
+    return _composed(tensors, delta_softplus, 0.0)

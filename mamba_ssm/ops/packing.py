@@ -13,7 +13,9 @@ from torch import Tensor
 
 def _values_are_readable(x: Tensor) -> bool:
     """Whether looking at x's values costs no device synchronisation and no graph break."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return x.device.type == "cpu"
 
 
 def seq_idx_from_cu_seqlens(cu_seqlens: Tensor, total_length: int) -> Tensor:

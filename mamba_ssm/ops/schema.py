@@ -55,6 +55,17 @@ def _optional_like(x: Tensor | None, like: Tensor, dtype: torch.dtype | None = N
     return x.new_empty(x.shape, dtype=dtype)
 
 
+def _number_of_chunks(length: int, chunk_size: int) -> int:
+    if isinstance(length, torch.SymInt):
+        # Imported here: it brings sympy, which takes half a second.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        # Of a symbolic length torch would not see that one chunk holds it all.
+        if statically_known_true(chunk_size >= length):
+            return 1
+    return (length + chunk_size - 1) // chunk_size
+
+
 def _scan_fwd_fake(
     u,
     delta,
@@ -72,11 +83,10 @@ def _scan_fwd_fake(
 ):
     b, d, length = u.shape
     acc = accumulate_dtype(u, delta, A, initial_state)
-    chunks = (length + chunk_size - 1) // chunk_size
     return (
         empty_like_layout(u),
         u.new_empty((num_states, d, A.shape[1]), dtype=acc),
-        u.new_empty((b, chunks, d, A.shape[1]), dtype=acc),
+        u.new_empty((b, _number_of_chunks(length, chunk_size), d, A.shape[1]), dtype=acc),
     )
 
 

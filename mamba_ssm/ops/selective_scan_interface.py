@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from ._autograd import differentiable_backward, needs_grad, wants_double_backward
+from ._autograd import differentiable_backward, needs_grad, transformed, wants_double_backward
 from .chunking import chunk_size_for
 from .dtypes import accumulate_dtype, no_wider_than
 from .layer_norm import rms_norm_forward
@@ -187,6 +187,11 @@ def selective_scan_fn(
         D, delta_bias = no_wider_than(D, acc), no_wider_than(delta_bias, acc)
         initial_state = None if initial_state is None else initial_state.to(acc)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if transformed("a selective scan"):
+        results = selective_scan_sequential(
+            *tensors[:8], delta_softplus, initial_state, seq_idx, num_states
+        )
+        return results if return_last_state else results[0]
     return SelectiveScanFn.apply(
         *tensors[:8], delta_softplus, return_last_state, initial_state, seq_idx, num_states,
         needs_grad(*tensors),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from ._autograd import needs_grad
+from ._autograd import needs_grad, transformed
 from ._checks import (
     check_device,
     check_dim,
@@ -115,7 +115,7 @@ def selective_state_update(
     """
     _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
     args = _canonical(state, x, dt, A, B, C, D, z, dt_bias)
-    if needs_grad(state, x, dt, A, B, C, D, z, dt_bias):
+    if transformed("a decode step") or needs_grad(state, x, dt, A, B, C, D, z, dt_bias):
         backend.only_reference("a decode step that records gradients")
         out = _differentiable(args, dt_softplus, state, state_batch_indices)
     else:

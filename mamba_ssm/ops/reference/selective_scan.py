@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..chunk_size import balanced_chunk_size
 from ..dtypes import accumulate_dtype
 from ..layout import in_layout_of
 from .scan_layout import (
@@ -111,9 +112,10 @@ def selective_scan_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Internal op ``_selective_scan_fwd``: see ``ops/schema.py`` for shapes."""
     dtype = accumulate_dtype(u, delta, A, initial_state)
-    x = ScanInputs(
-        u, delta, A, B, C, delta_bias, delta_softplus, seq_idx, num_states, chunk_size, dtype
-    )
+    # One chunk for the whole length asks for the first state alone, not for a loop over the length.
+    whole = chunk_size >= u.shape[2] > 0
+    steps = min(chunk_size, balanced_chunk_size(u.shape[2])) if whole else chunk_size
+    x = ScanInputs(u, delta, A, B, C, delta_bias, delta_softplus, seq_idx, num_states, steps, dtype)
     sweep = _Forward(x, initial_state, num_states)
     y = torch.empty_like(x.delta_t)
     carry = sweep.start(u.shape[0])
@@ -133,7 +135,7 @@ def selective_scan_fwd(
     return (
         in_layout_of(_gated(_with_skip(x, y, D), z, x).to(u.dtype), u),
         public_state(final).contiguous(),
-        public_state(chunk_states).transpose(0, 1).contiguous(),
+        public_state(chunk_states[:1] if whole else chunk_states).transpose(0, 1).contiguous(),
     )
 
 
