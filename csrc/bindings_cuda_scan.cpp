@@ -173,6 +173,10 @@ ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Ten
   g.dC = p.constant_C ? sums.add(call, "dC", dC) : memory.scratch(slices);
 
   BackwardScratch scratch;
+  if (plan.segments > 1) {
+    const Sizes segments{p.batch, plan.segments, p.channels, p.state_dim};
+    scratch.adjoint = memory.scratch(segments), scratch.decay = memory.scratch(segments);
+  }
   if (initial_state.has_value()) {
     g.dinitial_state = mutable_float_data(dinitial);
     begin_dinitial(call, g, device.events, dinitial, stream);

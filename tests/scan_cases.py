@@ -38,6 +38,8 @@ CASES: dict[str, ScanCase] = {
     "base": BASE,
     **{f"l={i}": replace(BASE, length=i, n=4) for i in (0, 1, 2, 3, 63, 64, 127, 257, 1000)},
     "l=2049": replace(BASE, b=1, d=2, length=2049, n=2),
+    "long, initial state": replace(BASE, b=1, d=40, length=1100, initial_state=True),
+    "long, packed": replace(_PACKED, length=1200, initial_state=True),
     "b=0": replace(BASE, b=0),
     **{f"n={i}": replace(BASE, n=i, length=33) for i in (1, 3, 17, 64, 256)},
     **{f"d={i}": replace(BASE, d=i, length=33) for i in (1, 5, 67)},

@@ -36,6 +36,14 @@ BackwardArgs backward_args(const ScanGradients& g, const CudaScanEvents& events)
   };
   a.u = source(p.u), a.delta = source(p.delta), a.z = source(p.z), a.dout = source(g.dout);
   a.du = source(g.du), a.ddelta = source(g.ddelta), a.dz = source(g.dz);
+  const auto projection = [&](const TensorArg& t) {
+    const int64_t size = t.dtype == DType::kFloat32 ? 4 : 2;
+    TileSource s = tile_source(t.data, t.dtype, t.stride[0], t.stride[2], t.stride[3], 8, true);
+    if (p.groups > 1 && t.stride[1] * size % 16 != 0) s.order = TileOrder::kElements;
+    return s;
+  };
+  if (!p.constant_B) a.B = projection(p.B);
+  if (!p.constant_C) a.C = projection(p.C);
   use_one_order(a.u, a.du), use_one_order(a.delta, a.ddelta), use_one_order(a.z, a.dz);
   return a;
 }
@@ -60,6 +68,25 @@ const char* count_starts(const ScanParams& p, const CudaScanEvents& events,
   count_starts_kernel<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(
       events.before, steps, scratch.starts, scratch.shared_starts);
   return message(cudaGetLastError());
+}
+
+__global__ void __launch_bounds__(256)
+    chain_segments_kernel(const __grid_constant__ BackwardArgs a) {
+  const int64_t size = a.p.channels * a.p.state_dim, segments = a.plan.segments;
+  const int64_t step = int64_t{gridDim.x} * 256;
+  for (int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x; i < a.p.batch * size; i += step) {
+    const int64_t row = i / size, at = i % size;
+    float* const adjoint = a.scratch.adjoint + row * segments * size + at;
+    const float* const decay = a.scratch.decay + row * segments * size + at;
+    float x = a.dfinal_state && !a.events.before ? a.dfinal_state[row * size + at] : 0.0f;
+    float g = adjoint[(segments - 1) * size];
+    for (int64_t s = segments - 1; s > 0; --s) {
+      const float next = s > 1 ? adjoint[(s - 1) * size] : 0.0f;
+      x = fmaf(decay[s * size], x, g);
+      adjoint[(s - 1) * size] = x;
+      g = next;
+    }
+  }
 }
 
 struct Gpu {
@@ -113,21 +140,37 @@ BackwardKind kind_of(const BackwardArgs& a) {
 
 }  // namespace
 
+const char* chain_segments(const BackwardArgs& a, cudaStream_t stream) {
+  const int64_t states = a.p.batch * a.p.channels * a.p.state_dim;
+  const int64_t blocks = std::min<int64_t>((states + 255) / 256, 65536);
+  chain_segments_kernel<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(a);
+  return message(cudaGetLastError());
+}
+
 BackwardPlan backward_plan(const ScanGradients& g, const CudaScanEvents& events) {
   const ScanParams& p = g.forward;
   const BackwardArgs a = backward_args(g, events);
   const Gpu gpu;
   BackwardPlan plan;
   plan.padded_length = (p.length + 3) / 4 * 4;
-  plan.segment_tiles = a.tiles;
   plan.kind = kind_of(a);
+  bool planned = false;
   if (plan.kind != BackwardKind::kAny) {
-    if (a.group_channels > 32 && plan_blocks<BackwardShape<12>, false>(a, gpu, &plan)) return plan;
-    if (plan_blocks<BackwardShape<4>, false>(a, gpu, &plan)) return plan;
+    planned = (a.group_channels > 32 && plan_blocks<BackwardShape<12>, false>(a, gpu, &plan)) ||
+              plan_blocks<BackwardShape<4>, false>(a, gpu, &plan);
   }
-  plan.kind = BackwardKind::kAny;
-  if (plan_blocks<BackwardShape<4>, true>(a, gpu, &plan)) return plan;
-  plan_blocks<BackwardShape<1>, true>(a, gpu, &plan);
+  if (!planned) {
+    plan.kind = BackwardKind::kAny;
+    planned = plan_blocks<BackwardShape<4>, true>(a, gpu, &plan) ||
+              plan_blocks<BackwardShape<1>, true>(a, gpu, &plan);
+  }
+  // Segments as far as processors would idle, but long enough to be worth the pass that joins them.
+  constexpr int64_t kLeastTiles = 8;
+  const int64_t units = std::max<int64_t>(1, p.batch * plan.slices);
+  const int64_t most = gpu.processors * std::max(1, 12 / std::max(1, plan.warps)) / units;
+  const int64_t wanted = std::max<int64_t>(1, std::min(most, a.tiles / kLeastTiles));
+  plan.segment_tiles = (a.tiles + wanted - 1) / wanted;
+  plan.segments = plan.segment_tiles ? (a.tiles + plan.segment_tiles - 1) / plan.segment_tiles : 1;
   return plan;
 }
 

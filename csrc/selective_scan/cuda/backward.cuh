@@ -12,16 +12,16 @@
 
 namespace mamba {
 
-// A warp holds 4 groups of 8 lanes; a lane owns 8 steps of 2 channels, a warp 64 steps of 8. Lane
-// 4 i + j holds the i-th steps of the j-th channels, which is how mma fragments lie.
+// A lane owns 8 steps of 2 channels, a warp 64 steps of 8 channels: lane 4 i + j holds the i-th
+// steps of the j-th channels, which is how mma fragments lie.
 template <int kWarps_>
 struct BackwardShape {
   static constexpr int C = 2, L = 8, kSteps = 64;
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kWarpChannels = 8, kChannels = kWarps * kWarpChannels;
-  static constexpr int kStates = 16;  // staged at once
-  static constexpr int kBatch = 4;    // states between two sums over the warps
-  static constexpr int kMinBlocks = kWarps > 12 ? 1 : 12 / kWarps;
+  static constexpr int kStates = 16;              // staged at once
+  static constexpr int kBatch = 4;                // states between two sums over the warps
+  static constexpr int kMinBlocks = 12 / kWarps;  // 168 registers a thread
 };
 
 // Tiles without a pad inside the rows of kTime: a lane's steps are one or two 16-byte words, and
@@ -44,7 +44,7 @@ struct BackwardTile {
 struct BackwardArgs {
   ScanParams p;
   CudaScanEvents events;
-  TileSource u, delta, z, dout, du, ddelta, dz;
+  TileSource u, delta, z, dout, du, ddelta, dz, B, C;
   const float* dfinal_state;
   float *dinitial_state, *dA, *dB, *dC, *dD, *ddelta_bias;
   BackwardPlan plan;
@@ -58,6 +58,13 @@ const char* backward_bf16(const BackwardArgs& a, cudaStream_t stream);
 const char* backward_fp16(const BackwardArgs& a, cudaStream_t stream);
 const char* backward_fp32(const BackwardArgs& a, cudaStream_t stream);
 const char* backward_any(const BackwardArgs& a, cudaStream_t stream);
+
+// scratch.adjoint, what leaves each segment where nothing enters it, becomes what enters it.
+const char* chain_segments(const BackwardArgs& a, cudaStream_t stream);
+
+inline const char* message(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 // A block's work: some channels of a group, over the tiles of one segment of one row.
 template <class S>
@@ -85,6 +92,7 @@ struct BackwardPlace {
 template <class S, bool kGeneral>
 struct BackwardMemory {
   using Tile = BackwardTile<S::kChannels>;
+  using StateTile = BackwardTile<S::kStates>;
   // B and C in fp32: [state][B or C][lane of a channel][8 steps and a pad against bank conflicts].
   static constexpr int kLanePitch = S::L + 4, kRowPitch = 8 * kLanePitch;
   static constexpr int kStatePitch = 2 * kRowPitch;
@@ -93,7 +101,10 @@ struct BackwardMemory {
   static constexpr int kEnterPitch = S::kStates + 4;  // entering states: [channel][state]
   static constexpr int kLaneSumPitch = 72;  // dA of a warp's lanes: [state][lane][channel]
 
-  int u, delta, dout, z, stage, projections, entering, sums, lane_sums, records, total;
+  static constexpr int kTensors = 9;  // u, delta, dout, z, du, ddelta, dz, B, C
+
+  int u, delta, dout, z, stage, B_raw, C_raw, columns, projections, entering, sums, lane_sums,
+      records, constants, totals, starts, total;
 
   __host__ __device__ BackwardMemory(const BackwardArgs& a, int stages) {
     int at = 0;
@@ -108,11 +119,17 @@ struct BackwardMemory {
     z = take(a.p.z.data ? Tile::bytes(a.z.element_size()) : 0);
     stage = at;  // the second stage lies behind the first
     take((stages - 1) * stage);
+    B_raw = take(a.p.constant_B ? 0 : StateTile::bytes(a.B.element_size()));
+    C_raw = take(a.p.constant_C ? 0 : StateTile::bytes(a.C.element_size()));
+    columns = take(32 * 32);
     projections = take(S::kStates * kStatePitch * 4);
     entering = take(2 * S::kChannels * kEnterPitch * 4);
     sums = take(2 * S::kBatch * S::kWarps * 512);
     lane_sums = take(S::kWarps * S::kBatch * kLaneSumPitch * 4);
     records = take(static_cast<int>(a.p.state_dim) * kRecordPitch * 4);
+    constants = take(2 * S::kChannels * 4);  // bias, D
+    totals = take(S::kThreads * 16);         // each lane's dD and ddelta_bias
+    starts = take(kTensors * 8);             // where the block's channels lie at step 0
     total = at;
   }
 };

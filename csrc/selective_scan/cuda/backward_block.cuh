@@ -14,96 +14,36 @@ bool serves(const TileSource& s) {
   return s.order == TileOrder::kElements && K::fits(aligned);
 }
 
-// Moves steps [t0, t0 + 64) of the block's channels between global and shared memory.
+// Moves steps [t0, t0 + 64) of the block's channels between global and shared memory; `start` is
+// the first channel at step 0.
 template <class S, class K, bool kLoad>
-__device__ __forceinline__ void move_block(char* tile, const TileSource& s,
-                                           const BackwardPlace<S>& at, int64_t t0, int64_t length) {
+__device__ __forceinline__ void move_block(char* tile, const TileSource& s, char* start, int64_t t0,
+                                           int64_t length, int channels) {
   using Tile = BackwardTile<S::kChannels>;
-  char* const start = s.data + (at.row * s.stride_b + at.channel * s.stride_c) * K::size(s);
   if constexpr (!K::kAny) {
     if (s.order == TileOrder::kElements) {
       move_any_tile<Tile, S::kThreads, kLoad>(tile, start + t0 * s.stride_t * K::size(s), s,
-                                              clamp_int(length - t0, 0, S::kSteps), at.channels);
+                                              clamp_int(length - t0, 0, S::kSteps), channels);
       return;
     }
   }
-  move_steps<K, Tile, S::kThreads, kLoad>(tile, s, start, t0, length - t0, at.channels);
+  move_steps<K, Tile, S::kThreads, kLoad>(tile, s, start, t0, length - t0, channels);
 }
-
-// B and C of the staged states on their way to shared memory: each thread's elements.
-template <class S>
-struct ProjectionLoad {
-  static constexpr int kElements = S::kStates * S::kSteps;
-  static constexpr int kPer = (kElements + S::kThreads - 1) / S::kThreads;
-  uint32_t bits[2][kPer];
-
-  struct Place {
-    int state, step;
-    __device__ __forceinline__ Place(const TensorArg& x, int k) {
-      const int i = threadIdx.x + k * S::kThreads;
-      const bool states_inner = x.stride[2] < x.stride[3];
-      state = states_inner ? i % S::kStates : i / S::kSteps;
-      step = states_inner ? i / S::kStates : i % S::kSteps;
-    }
-  };
-
-  // Steps from t0, states from `first`; padding counts as not existing.
-  template <class K>
-  __device__ __forceinline__ void load(int which, const TensorArg& x, const BackwardPlace<S>& at,
-                                       int64_t t0, int steps, int first, int states,
-                                       const int* before) {
-    const bool word = K::kAny ? x.dtype == DType::kFloat32 : K::size({}) == 4;
-    const int64_t base =
-        at.row * x.stride[0] + at.group * x.stride[1] + first * x.stride[2] + t0 * x.stride[3];
-#pragma unroll
-    for (int k = 0; k < kPer; ++k) {
-      const Place p(x, k);
-      bits[which][k] = 0;
-      if (p.state >= states || p.step >= steps) continue;
-      if (before && before[p.step] == CudaScanEvents::kPadding) continue;
-      const int64_t offset = base + p.state * x.stride[2] + p.step * x.stride[3];
-      bits[which][k] = word ? static_cast<const uint32_t*>(x.data)[offset]
-                            : static_cast<const uint16_t*>(x.data)[offset];
-    }
-  }
-
-  template <class K, int kStatePitch, int kLanePitch>
-  __device__ __forceinline__ void store(int which, const TensorArg& x, float* to) const {
-    const DType dtype = K::kAny ? x.dtype : K::dtype({});
-#pragma unroll
-    for (int k = 0; k < kPer; ++k) {
-      const Place p(x, k);
-      if (kElements % S::kThreads != 0 && p.state >= S::kStates) continue;
-      if (kElements % S::kThreads != 0 && p.step >= S::kSteps) continue;
-      const float value = dtype == DType::kFloat32
-                              ? __uint_as_float(bits[which][k])
-                              : unpack(bits[which][k], dtype == DType::kBFloat16).x;
-      to[p.state * kStatePitch + p.step / S::L * kLanePitch + p.step % S::L] = value;
-    }
-  }
-};
 
 template <class S, class K, bool kGeneral>
 struct BackwardBlock {
   using M = BackwardMemory<S, kGeneral>;
   using Tile = typename M::Tile;
-  using Lane = BackwardLane<S>;
+  using Lane = BackwardLane;
   const BackwardArgs& a;
   const M& m;
   char* const smem;
   const BackwardPlace<S> at;
   const int n;
-  float bias[S::C], D[S::C], dD[S::C] = {}, dbias[S::C] = {};
 
   __device__ __forceinline__ BackwardBlock(const BackwardArgs& args, const M& memory, char* shared,
                                            int64_t unit)
-      : a(args), m(memory), smem(shared), at(args, unit), n(static_cast<int>(args.p.state_dim)) {
-#pragma unroll
-    for (int k = 0; k < S::C; ++k) {
-      const int64_t channel = at.channel + min(at.c + k, at.channels - 1);
-      bias[k] = of_channel(a.p.delta_bias, channel), D[k] = of_channel(a.p.D, channel);
-    }
-  }
+      : a(args), m(memory), smem(shared), at(args, unit), n(static_cast<int>(args.p.state_dim)) {}
 
   __device__ static float of_channel(const TensorArg& x, int64_t channel) {
     return x.data ? load_float(x.data, x.dtype, channel * x.stride[0]) : 0.0f;
@@ -111,20 +51,30 @@ struct BackwardBlock {
   __device__ __forceinline__ float* floats(int offset) const {
     return reinterpret_cast<float*>(smem + offset);
   }
-  __device__ __forceinline__ const int* events_from(int64_t t0) const {
-    return kGeneral && a.events.before ? a.events.before + at.row * a.p.length + t0 : nullptr;
+  // dD of the lane's two channels, then ddelta_bias.
+  __device__ __forceinline__ float4* totals() const {
+    return reinterpret_cast<float4*>(smem + m.totals) + threadIdx.x;
+  }
+  __device__ __forceinline__ float2 constants(int which) const {
+    return *reinterpret_cast<const float2*>(floats(m.constants) + which * S::kChannels + at.c);
   }
 
+  template <bool kLoad>
+  __device__ __forceinline__ void move(char* tile, const TileSource& s, int which,
+                                       int64_t t0) const {
+    char* const start = reinterpret_cast<char* const*>(smem + m.starts)[which];
+    move_block<S, K, kLoad>(tile, s, start, t0, a.p.length, at.channels);
+  }
   __device__ __forceinline__ void load_inputs(char* stage, int64_t t0) const {
-    move_block<S, K, true>(stage + m.u, a.u, at, t0, a.p.length);
-    move_block<S, K, true>(stage + m.delta, a.delta, at, t0, a.p.length);
-    move_block<S, K, true>(stage + m.dout, a.dout, at, t0, a.p.length);
-    if (a.p.z.data) move_block<S, K, true>(stage + m.z, a.z, at, t0, a.p.length);
+    move<true>(stage + m.u, a.u, 0, t0);
+    move<true>(stage + m.delta, a.delta, 1, t0);
+    move<true>(stage + m.dout, a.dout, 2, t0);
+    if (a.p.z.data) move<true>(stage + m.z, a.z, 3, t0);
   }
   __device__ __forceinline__ void store_outputs(char* stage, int64_t t0) const {
-    move_block<S, K, false>(stage + m.u, a.du, at, t0, a.p.length);
-    move_block<S, K, false>(stage + m.delta, a.ddelta, at, t0, a.p.length);
-    if (a.p.z.data) move_block<S, K, false>(stage + m.z, a.dz, at, t0, a.p.length);
+    move<false>(stage + m.u, a.du, 4, t0);
+    move<false>(stage + m.delta, a.ddelta, 5, t0);
+    if (a.p.z.data) move<false>(stage + m.z, a.dz, 6, t0);
   }
 
   // The states that enter the tile at t0, from `first` on.
@@ -147,44 +97,141 @@ struct BackwardBlock {
     }
   }
 
-  __device__ __forceinline__ void load_projections(ProjectionLoad<S>& load, int64_t t0,
-                                                   int first) const {
+  // Starts to bring B or C of the states from `first` on.
+  __device__ __forceinline__ void load(char* raw, const TileSource& s, int which, int64_t t0,
+                                       int first) const {
+    char* const start = reinterpret_cast<char* const*>(smem + m.starts)[which];
+    move_any_tile<typename M::StateTile, S::kThreads, true>(
+        raw, start + (first * s.stride_c + t0 * s.stride_t) * s.element_size(), s,
+        clamp_int(a.p.length - t0, 0, S::kSteps), min(n - first, S::kStates));
+  }
+  __device__ __forceinline__ void load_projections(int64_t t0, int first) const {
+    if (!kGeneral || !a.p.constant_B) load(smem + m.B_raw, a.B, 7, t0, first);
+    if (!kGeneral || !a.p.constant_C) load(smem + m.C_raw, a.C, 8, t0, first);
+  }
+
+  // B and C as fp32, steps innermost; what does not exist or is padding becomes 0.
+  __device__ __forceinline__ void convert_projections(int64_t t0, int first) const {
     const int steps = clamp_int(a.p.length - t0, 0, S::kSteps), states = min(n - first, S::kStates);
-    const int* before = events_from(t0);
-    if (!kGeneral || !a.p.constant_B) {
-      load.template load<K>(0, a.p.B, at, t0, steps, first, states, before);
-    }
-    if (!kGeneral || !a.p.constant_C) {
-      load.template load<K>(1, a.p.C, at, t0, steps, first, states, before);
+    constexpr int kQuads = S::kStates * S::kSteps / 4;
+#pragma unroll
+    for (int i = threadIdx.x; i < 2 * kQuads; i += S::kThreads) {
+      const bool of_C = i >= kQuads;
+      if (kGeneral && (of_C ? a.p.constant_C : a.p.constant_B)) continue;
+      const TileSource& s = of_C ? a.C : a.B;
+      const char* const raw = smem + (of_C ? m.C_raw : m.B_raw);
+      const int quad = of_C ? i - kQuads : i;
+      float v[4];
+      int state, t;
+      if (s.order == TileOrder::kChannel) {
+        state = quad % S::kStates, t = quad / S::kStates * 4;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) v[k] = element(raw, s, state, t + k);
+      } else {
+        state = quad / (S::kSteps / 4), t = quad % (S::kSteps / 4) * 4;
+        four_elements(v, raw, s, state, t);
+      }
+      if (state >= states || t + 4 > steps || (kGeneral && a.events.before)) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          bool here = state < states && t + k < steps;
+          if (kGeneral && here && a.events.before) {
+            here = a.events.before[at.row * a.p.length + t0 + t + k] != CudaScanEvents::kPadding;
+          }
+          if (!here) v[k] = 0.0f;
+        }
+      }
+      *reinterpret_cast<float4*>(floats(m.projections) + state * M::kStatePitch +
+                                 (of_C ? M::kRowPitch : 0) + t / 8 * M::kLanePitch + t % 8) =
+          make_float4(v[0], v[1], v[2], v[3]);
     }
   }
-  __device__ __forceinline__ void store_projections(const ProjectionLoad<S>& load) const {
-    float* const to = floats(m.projections);
-    if (!kGeneral || !a.p.constant_B) {
-      load.template store<K, M::kStatePitch, M::kLanePitch>(0, a.p.B, to);
-    }
-    if (!kGeneral || !a.p.constant_C) {
-      load.template store<K, M::kStatePitch, M::kLanePitch>(1, a.p.C, to + M::kRowPitch);
+  // Of a state and the lane's steps; `k` is the channel of a constant.
+  __device__ __forceinline__ void read_projections(float (&B)[8], float (&C)[8], const float* from,
+                                                   int k, int state) const {
+    read_projection(B, a.p.constant_B, a.p.B, from, k, state);
+    read_projection(C, a.p.constant_C, a.p.C, from + M::kRowPitch, k, state);
+  }
+  __device__ __forceinline__ void read_projection(float (&v)[8], bool constant, const TensorArg& x,
+                                                  const float* from, int k, int state) const {
+    if (kGeneral && constant) {
+      const float value = load_at(x, at.channel + min(at.c + k, at.channels - 1), state);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = value;
+    } else {
+      read_eight(v, from);
     }
   }
 
-  // A, and what enters the segment at its end; sums start at 0.
+  // The kernels of one dtype know that of B and C.
+  __device__ __forceinline__ static DType projection_dtype(const TileSource& s) {
+    return K::kAny ? s.dtype : K::dtype({});
+  }
+  __device__ __forceinline__ static float element(const char* raw, const TileSource& s, int state,
+                                                  int t) {
+    const DType dtype = projection_dtype(s);
+    return load_float(raw + M::StateTile::at(s.order, dtype == DType::kFloat32 ? 4 : 2, state, t),
+                      dtype, 0);
+  }
+  __device__ __forceinline__ static void four_elements(float (&v)[4], const char* raw,
+                                                       const TileSource& s, int state, int t) {
+    const DType dtype = projection_dtype(s);
+    if (dtype == DType::kFloat32) {
+      const float4 four =
+          *reinterpret_cast<const float4*>(raw + M::StateTile::at(TileOrder::kTime, 4, state, t));
+      v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+      return;
+    }
+    const uint2 words =
+        *reinterpret_cast<const uint2*>(raw + M::StateTile::at(TileOrder::kTime, 2, state, t));
+    const float2 low = unpack(words.x, dtype == DType::kBFloat16);
+    const float2 high = unpack(words.y, dtype == DType::kBFloat16);
+    v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
+  }
+
+  // Before anything is loaded: where the tensors are.
+  __device__ void locate() const {
+    if (threadIdx.x < M::kTensors) {
+      const TileSource* const tensors[] = {&a.u,      &a.delta, &a.dout, &a.z, &a.du,
+                                           &a.ddelta, &a.dz,    &a.B,    &a.C};
+      const TileSource& s = *tensors[threadIdx.x];
+      int64_t offset = at.row * s.stride_b + at.channel * s.stride_c;
+      if (threadIdx.x == 7) offset = at.row * s.stride_b + at.group * a.p.B.stride[1];
+      if (threadIdx.x == 8) offset = at.row * s.stride_b + at.group * a.p.C.stride[1];
+      reinterpret_cast<char**>(smem + m.starts)[threadIdx.x] = s.data + offset * s.element_size();
+    }
+    if (threadIdx.x < 32) {
+      write_columns(threadIdx.x, reinterpret_cast<float4*>(smem + m.columns));
+    }
+    __syncthreads();
+  }
+
+  // A, and what enters the segment at its end; sums start at 0. With kMap, instead, the map that
+  // changes nothing.
+  template <bool kMap>
   __device__ void begin() const {
+    for (int c = threadIdx.x; c < S::kChannels; c += S::kThreads) {
+      const int64_t channel = at.channel + min(c, at.channels - 1);
+      floats(m.constants)[c] = of_channel(a.p.delta_bias, channel);
+      floats(m.constants)[S::kChannels + c] = of_channel(a.p.D, channel);
+    }
+    *totals() = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     for (int i = threadIdx.x; i < n * S::kChannels; i += S::kThreads) {
       const int c = i / n, s = i % n;
       const bool exists = c < at.channels;
       const int64_t index = (at.channel + c) * n + s, size = a.p.channels * n;
       float carry = 0.0f;
-      if (exists && at.segment + 1 < a.plan.segments) {
+      if (!kMap && exists && at.segment + 1 < a.plan.segments) {
         carry = a.scratch.adjoint[(at.row * a.plan.segments + at.segment) * size + index];
-      } else if (exists && a.dfinal_state && !a.events.before) {
+      } else if (!kMap && exists && a.dfinal_state && !a.events.before) {
         carry = a.dfinal_state[at.row * size + index];
       }
       float* const record = floats(m.records) + s * M::kRecordPitch + c;
       record[0] = exists ? kLog2e * load_at(a.p.A, at.channel + c, s) : 0.0f;
       record[S::kChannels] = carry;
+      record[2 * S::kChannels] = kMap ? 1.0f : 0.0f;
 #pragma unroll
-      for (int k = 2; k < M::kRecord; ++k) record[k * S::kChannels] = 0.0f;
+      for (int k = 3; k < M::kRecord; ++k) record[k * S::kChannels] = 0.0f;
     }
   }
 
@@ -203,72 +250,69 @@ struct BackwardBlock {
         a.dinitial_state[at.row * size + first + i] = record[S::kChannels];
       }
     }
+    const float4 own = *totals();
 #pragma unroll
-    for (int k = 0; k < S::C; ++k) {
-      const float d = sum_steps(dD[k]), b = sum_steps(dbias[k]);
+    for (int k = 0; k < 2; ++k) {
+      const float d = sum_steps(k ? own.y : own.x), bias = sum_steps(k ? own.w : own.z);
       if (at.i != 0 || at.c + k >= at.channels) continue;
       const int64_t to = parts * a.p.channels + at.channel + at.c + k;
       if (a.dD) a.dD[to] = d;
-      if (a.ddelta_bias) a.ddelta_bias[to] = b;
+      if (a.ddelta_bias) a.ddelta_bias[to] = bias;
     }
   }
 
-  __device__ __forceinline__ void read(float (&v)[S::C][S::L], const char* tile,
+  __device__ __forceinline__ void read(float (&v)[2][8], const char* tile,
                                        const TileSource& s) const {
-    read_steps<Tile, S::C, S::L>(v, tile, K::order(s), K::dtype(s), at.c, at.i * S::L);
+    read_steps<Tile, 2, 8>(v, tile, K::order(s), K::dtype(s), at.c, at.i * 8);
   }
-  __device__ __forceinline__ void write(const float (&v)[S::C][S::L], char* tile,
+  __device__ __forceinline__ void write(const float (&v)[2][8], char* tile,
                                         const TileSource& s) const {
-    write_steps<Tile, S::C, S::L>(v, tile, K::order(s), K::dtype(s), at.c, at.i * S::L);
+    write_steps<Tile, 2, 8>(v, tile, K::order(s), K::dtype(s), at.c, at.i * 8);
+  }
+
+  // Calls f(channel, step) for the lane's 16.
+  template <class F>
+  __device__ __forceinline__ static void each(F&& f) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) f(k, i);
+    }
   }
 
   // delta, delta * u and dy of the lane's steps. Steps that do not exist or are padding get 0,
   // which leaves states as they are and adds nothing to any sum.
   __device__ __forceinline__ void prepare(Lane& lane, const char* stage, int64_t t0) const {
-    const int t = at.i * S::L, exist = clamp_int(a.p.length - t0 - t, 0, S::L);
-    float u[S::C][S::L];
+    const int t = at.i * 8, exist = clamp_int(a.p.length - t0 - t, 0, 8);
+    float u[2][8];
     read(lane.dy, stage + m.dout, a.dout);
     if (a.p.z.data) {
-      float z[S::C][S::L];
+      float z[2][8];
       read(z, stage + m.z, a.z);
-#pragma unroll
-      for (int k = 0; k < S::C; ++k) {
-#pragma unroll
-        for (int i = 0; i < S::L; ++i) lane.dy[k][i] *= z[k][i] * sigmoid(z[k][i]);
-      }
+      each([&](int k, int i) { lane.dy[k][i] *= z[k][i] * sigmoid(z[k][i]); });
     }
     read(lane.delta, stage + m.delta, a.delta);
-#pragma unroll
-    for (int k = 0; k < S::C; ++k) {
-#pragma unroll
-      for (int i = 0; i < S::L; ++i) lane.delta[k][i] += bias[k];
-    }
+    const float2 bias = constants(0);
+    each([&](int k, int i) { lane.delta[k][i] += k ? bias.y : bias.x; });
     if (a.p.delta_softplus) {
-#pragma unroll
-      for (int k = 0; k < S::C; ++k) {
-#pragma unroll
-        for (int i = 0; i < S::L; ++i) lane.delta[k][i] = softplus(lane.delta[k][i]);
-      }
+      each([&](int k, int i) { lane.delta[k][i] = softplus(lane.delta[k][i]); });
     }
     read(u, stage + m.u, a.u);
-#pragma unroll
-    for (int k = 0; k < S::C; ++k) {
-#pragma unroll
-      for (int i = 0; i < S::L; ++i) lane.du[k][i] = lane.delta[k][i] * u[k][i];
-    }
-    lane.masked = exist < S::L ? ~0u << exist : 0u;
+    lane.masked = exist < 8 ? ~0u << exist : 0u;
     if constexpr (kGeneral) read_events(lane, t0 + t, exist);
-    if (lane.masked || at.c + S::C > at.channels) mask(lane);
-#pragma unroll
-    for (int k = 0; k < S::C; ++k) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < S::L; ++i) {
-        sum += lane.delta[k][i];
-        lane.ddu[k][i] = lane.ddelta[k][i] = lane.y[k][i] = 0.0f;
-      }
-      lane.delta_sum[k] = sum;
+    each([&](int k, int i) { lane.du[k][i] = lane.delta[k][i] * u[k][i]; });
+    if (lane.masked || at.c + 2 > at.channels) {
+      each([&](int k, int i) {
+        if (lane.masked >> i & 1 || at.c + k >= at.channels) {
+          lane.delta[k][i] = lane.du[k][i] = lane.dy[k][i] = 0.0f;
+        }
+      });
     }
+    lane.delta_sum[0] = lane.delta_sum[1] = 0.0f;
+    each([&](int k, int i) {
+      lane.delta_sum[k] += lane.delta[k][i];
+      lane.ddu[k][i] = lane.ddelta[k][i] = lane.y[k][i] = 0.0f;
+    });
   }
 
   __device__ __forceinline__ void read_events(Lane& lane, int64_t t, int exist) const {
@@ -283,74 +327,51 @@ struct BackwardBlock {
     }
   }
 
-  __device__ __forceinline__ void mask(Lane& lane) const {
-#pragma unroll
-    for (int k = 0; k < S::C; ++k) {
-      const unsigned nothing = at.c + k < at.channels ? lane.masked : ~0u;
-#pragma unroll
-      for (int i = 0; i < S::L; ++i) {
-        if (nothing >> i & 1) lane.delta[k][i] = lane.du[k][i] = lane.dy[k][i] = 0.0f;
-      }
-    }
-  }
-
   // After the states: the gradients of u, delta and z take the inputs' place in shared memory, each
   // lane's its own.
-  __device__ __forceinline__ void finish(Lane& lane, char* stage) {
+  __device__ __forceinline__ void finish(Lane& lane, char* stage) const {
     constexpr float kLn2 = 0.693147180559945309417f;  // A was in the base of exp2
-    float u[S::C][S::L];
+    const float2 biases = constants(0), Ds = constants(1);
+    const float bias[2] = {biases.x, biases.y}, D[2] = {Ds.x, Ds.y};
+    float u[2][8], raw[2][8], dD[2] = {}, dbias[2] = {};
     read(u, stage + m.u, a.u);
     if (lane.masked) {
-#pragma unroll
-      for (int k = 0; k < S::C; ++k) {
-#pragma unroll
-        for (int i = 0; i < S::L; ++i) {
-          if (lane.masked >> i & 1) u[k][i] = lane.ddelta[k][i] = 0.0f;
-        }
-      }
+      each([&](int k, int i) {
+        if (lane.masked >> i & 1) u[k][i] = lane.ddelta[k][i] = 0.0f;
+      });
     }
-    if (a.p.z.data) finish_z(lane, u, stage);
-    float raw[S::C][S::L];
+    if (a.p.z.data) finish_z(lane, u, D, stage);
     read(raw, stage + m.delta, a.delta);
-#pragma unroll
-    for (int k = 0; k < S::C; ++k) {
-#pragma unroll
-      for (int i = 0; i < S::L; ++i) {
-        const float ddu = lane.ddu[k][i], x = raw[k][i] + bias[k];
-        float ddelta = fmaf(ddu, u[k][i], kLn2 * lane.ddelta[k][i]);
-        // The derivative of softplus; where nothing is to flow, x may be anything.
-        if (a.p.delta_softplus) ddelta = ddelta == 0.0f || x > 20.0f ? ddelta : ddelta * sigmoid(x);
-        dD[k] = fmaf(lane.dy[k][i], u[k][i], dD[k]);
-        dbias[k] += ddelta;
-        lane.ddelta[k][i] = ddelta;
-        lane.ddu[k][i] = fmaf(ddu, lane.delta[k][i], D[k] * lane.dy[k][i]);
-      }
-    }
+    each([&](int k, int i) {
+      const float ddu = lane.ddu[k][i], x = raw[k][i] + bias[k];
+      float ddelta = fmaf(ddu, u[k][i], kLn2 * lane.ddelta[k][i]);
+      // The derivative of softplus; where nothing flows, x may be anything.
+      if (a.p.delta_softplus) ddelta = ddelta == 0.0f || x > 20.0f ? ddelta : ddelta * sigmoid(x);
+      dD[k] = fmaf(lane.dy[k][i], u[k][i], dD[k]);
+      dbias[k] += ddelta;
+      lane.ddelta[k][i] = ddelta;
+      lane.ddu[k][i] = fmaf(ddu, lane.delta[k][i], D[k] * lane.dy[k][i]);
+    });
+    const float4 before = *totals();
+    *totals() =
+        make_float4(before.x + dD[0], before.y + dD[1], before.z + dbias[0], before.w + dbias[1]);
     write(lane.ddu, stage + m.u, a.du);
     write(lane.ddelta, stage + m.delta, a.ddelta);
   }
 
-  __device__ __forceinline__ void finish_z(Lane& lane, const float (&u)[S::C][S::L],
+  __device__ __forceinline__ void finish_z(Lane& lane, const float (&u)[2][8], const float (&D)[2],
                                            char* stage) const {
-    float z[S::C][S::L], dout[S::C][S::L];
+    float z[2][8], dout[2][8];
     read(z, stage + m.z, a.z);
     read(dout, stage + m.dout, a.dout);
-#pragma unroll
-    for (int k = 0; k < S::C; ++k) {
-#pragma unroll
-      for (int i = 0; i < S::L; ++i) {
-        const float s = sigmoid(z[k][i]), y = fmaf(D[k], u[k][i], lane.y[k][i]);
-        lane.y[k][i] = dout[k][i] * y * s * fmaf(z[k][i], 1.0f - s, 1.0f);
-      }
-    }
+    each([&](int k, int i) {
+      const float s = sigmoid(z[k][i]), y = fmaf(D[k], u[k][i], lane.y[k][i]);
+      lane.y[k][i] = dout[k][i] * y * s * fmaf(z[k][i], 1.0f - s, 1.0f);
+    });
     if (lane.masked) {
-#pragma unroll
-      for (int k = 0; k < S::C; ++k) {
-#pragma unroll
-        for (int i = 0; i < S::L; ++i) {
-          if (lane.masked >> i & 1) lane.y[k][i] = 0.0f;
-        }
-      }
+      each([&](int k, int i) {
+        if (lane.masked >> i & 1) lane.y[k][i] = 0.0f;
+      });
     }
     write(lane.y, stage + m.z, a.dz);
   }

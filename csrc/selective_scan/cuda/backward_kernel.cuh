@@ -1,49 +1,47 @@
 // The kernel of the scan's backward, and its launch for one kind of tiles.
 #pragma once
 
-#include "backward_block.cuh"
+#include "backward_adjoint.cuh"
 
 namespace mamba {
 
 // One staged state of all the warp's channels.
 template <class S, class K, bool kGeneral, bool kExact>
 __device__ __forceinline__ void run_state(const BackwardBlock<S, K, kGeneral>& block,
-                                          const StateRun<S, kGeneral, kExact>& run, int state,
+                                          const StateRun<S, kGeneral>& run, int state,
                                           const float* projections, const float* entering,
-                                          float* record, float2* lane_sums, float4* sums_out) {
+                                          float* record, float2* lane_sum, float4* sums_out) {
   using M = BackwardMemory<S, kGeneral>;
   const BackwardArgs& a = block.a;
   const BackwardPlace<S>& at = block.at;
-  float B[S::L], C[S::L];
-  if (!kGeneral || !a.p.constant_B) read_eight(B, projections);
-  if (!kGeneral || !a.p.constant_C) read_eight(C, projections + M::kRowPitch);
+  float B[8], C[8];
+  block.read_projections(B, C, projections, 0, state);
+  StateSums sums;
   const float2 A = *reinterpret_cast<const float2*>(record);
   const float2 carry = *reinterpret_cast<const float2*>(record + S::kChannels);
-  StateSums<S> sums;
   const auto channel = [&](auto which) {
     constexpr int k = decltype(which)::value;
-    if constexpr (kGeneral) {
-      const int64_t c = at.channel + min(at.c + k, at.channels - 1);
-      const float b = a.p.constant_B ? load_at(a.p.B, c, state) : 0.0f;
-      const float v = a.p.constant_C ? load_at(a.p.C, c, state) : 0.0f;
-#pragma unroll
-      for (int i = 0; i < S::L; ++i) {
-        if (a.p.constant_B) B[i] = b;
-        if (a.p.constant_C) C[i] = v;
-      }
-    }
+    if (kGeneral && k > 0) block.read_projections(B, C, projections, k, state);
     const float h = at.c + k < at.channels ? entering[k * M::kEnterPitch] : 0.0f;
     run.template channel<k>(state, B, C, k ? A.y : A.x, h, k ? carry.y : carry.x, sums);
   };
   channel(std::integral_constant<int, 0>{});
   channel(std::integral_constant<int, 1>{});
-  const float (&d)[2][4] = sums.channels;
-  *sums_out =
-      make_float4(d[0][0] + d[1][0], d[0][1] + d[1][1], d[0][2] + d[1][2], d[0][3] + d[1][3]);
-  *lane_sums = make_float2(sums.dA[0], sums.dA[1]);
+  // Two sums side by side, since each product waits for the last one of its sum.
+  const float4* const columns = reinterpret_cast<const float4*>(block.smem + block.m.columns);
+  const float4 of_C = columns[at.lane], of_B = columns[32 + at.lane];
+  const float (&c)[8] = sums.terms_C;
+  const float (&b)[8] = sums.terms_B;
+  float d[4] = {}, e[4] = {};
+  add_channels<kExact>(d, c[0], c[1], c[2], c[3], of_C.x, of_C.y);
+  add_channels<kExact>(e, c[4], c[5], c[6], c[7], of_C.z, of_C.w);
+  add_channels<kExact>(d, b[0], b[1], b[2], b[3], of_B.x, of_B.y);
+  add_channels<kExact>(e, b[4], b[5], b[6], b[7], of_B.z, of_B.w);
+  *sums_out = make_float4(d[0] + e[0], d[1] + e[1], d[2] + e[2], d[3] + e[3]);
+  *lane_sum = make_float2(sums.dA[0], sums.dA[1]);
   if constexpr (kGeneral) {
 #pragma unroll
-    for (int k = 0; k < S::C; ++k) {
+    for (int k = 0; k < 2; ++k) {
       const float dB = sum_steps(sums.dB[k]), dC = sum_steps(sums.dC[k]);
       if (at.i != 0) continue;
       record[3 * S::kChannels + k] += dB;
@@ -66,17 +64,16 @@ __device__ __forceinline__ void run_unit(const BackwardArgs& a,
   BackwardBlock<S, K, kGeneral> block(a, m, smem, unit);
   const BackwardPlace<S>& at = block.at;
   const int n = block.n;
-  const ChannelColumns columns(at.lane);
   const int64_t first_tile = at.segment * a.plan.segment_tiles;
   const int64_t last_tile = min(first_tile + a.plan.segment_tiles, a.tiles) - 1;
+  block.locate();
   block.load_inputs(smem, last_tile * S::kSteps);
+  block.load_projections(last_tile * S::kSteps, 0);
   block.load_entering(last_tile * S::kSteps, 0, 0);
   copies_commit();
-  ProjectionLoad<S> projections;
-  block.load_projections(projections, last_tile * S::kSteps, 0);
-  block.begin();
+  block.template begin<false>();
   int turn = 0, batch = 0, first_warp = 0;  // of entering states; of sums over the warps
-  BackwardLane<S> lane;
+  BackwardLane lane;
   float* const lane_sums = block.floats(m.lane_sums) + at.warp * S::kBatch * M::kLaneSumPitch;
   for (int64_t tile = last_tile; tile >= first_tile; --tile) {
     const int64_t t0 = tile * S::kSteps;
@@ -85,19 +82,21 @@ __device__ __forceinline__ void run_unit(const BackwardArgs& a,
     for (int first = 0; first < n; first += S::kStates, turn ^= 1) {
       const int states = min(n - first, S::kStates);
       const bool last = first + S::kStates >= n, more = tile > first_tile;
-      block.store_projections(projections);
       copies_wait<0>();
+      __syncthreads();
+      block.convert_projections(t0, first);
+      if (first == 0) block.prepare(lane, stage, t0);
       __syncthreads();
       if (first == 0 && a.plan.stages == 2 && more) {
         block.load_inputs(smem + m.stage - stage_at, t0 - S::kSteps);
       }
       if (!last || more) {
-        block.load_entering(last ? t0 - S::kSteps : t0, last ? 0 : first + S::kStates, turn ^ 1);
+        const int64_t next = last ? t0 - S::kSteps : t0;
+        block.load_projections(next, last ? 0 : first + S::kStates);
+        block.load_entering(next, last ? 0 : first + S::kStates, turn ^ 1);
       }
       copies_commit();
-      if (first == 0) block.prepare(lane, stage, t0);
-      const StateRun<S, kGeneral, kExact> run{a, at, lane, columns,
-                                              at.row * a.p.length + t0 + at.i * S::L};
+      const StateRun<S, kGeneral> run{a, at, lane, at.row * a.p.length + t0 + at.i * S::L};
       const float* from = block.floats(m.projections) + at.i * M::kLanePitch;
       const float* entering =
           block.floats(m.entering) + (turn * S::kChannels + at.c) * M::kEnterPitch;
@@ -117,10 +116,6 @@ __device__ __forceinline__ void run_unit(const BackwardArgs& a,
         __syncthreads();
         block.store_batch(batch, first_warp, t0, first + s0, count);
         first_warp = (first_warp + S::kBatch) % S::kWarps;
-      }
-      if (!last || more) {
-        block.load_projections(projections, last ? t0 - S::kSteps : t0,
-                               last ? 0 : first + S::kStates);
       }
     }
     block.finish(lane, stage);
@@ -154,12 +149,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
   }
 }
 
-inline const char* message(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 template <class S, class K, bool kGeneral, bool kExact>
 const char* launch_backward(const BackwardArgs& a, cudaStream_t stream) {
+  if (a.plan.segments > 1) {
+    if (const char* error = launch_adjoint<S, K, kGeneral>(a, stream)) return error;
+  }
   const BackwardMemory<S, kGeneral> m(a, a.plan.stages);
   const auto kernel = scan_backward_kernel<S, K, kGeneral, kExact>;
   const cudaError_t error =

@@ -6,12 +6,11 @@
 namespace mamba {
 
 // What a lane keeps over a tile.
-template <class S>
 struct BackwardLane {
-  float delta[S::C][S::L], du[S::C][S::L], dy[S::C][S::L];   // du is delta * u
-  float ddu[S::C][S::L], ddelta[S::C][S::L], y[S::C][S::L];  // sums over the states
-  float delta_sum[S::C];
-  unsigned masked = 0, starts = 0, ends = 0;  // a bit per step
+  float delta[2][8], du[2][8], dy[2][8];   // du is delta * u
+  float ddu[2][8], ddelta[2][8], y[2][8];  // sums over the states
+  float delta_sum[2];
+  unsigned masked, starts, ends;  // a bit per step
 };
 
 // The inclusive scans of the affine maps x -> P x + h forward and x -> P x + g backward in time
@@ -30,8 +29,8 @@ __device__ __forceinline__ void scan_both(float P, float& h, float& g) {
   P = fminf(P, FLT_MAX);
   asm volatile(
       "{.reg .pred p, q; .reg .f32 a, b, c, d;\n"
-      "shfl.sync.down.b32 d, %2, 4, 31, -1;\n"
       "shfl.sync.up.b32 a|p, %0, 8, 0, -1;\n"
+      "shfl.sync.down.b32 d, %2, 4, 31, -1;\n"
       "shfl.sync.down.b32 b|q, %1, 8, 31, -1;\n"
       "shfl.sync.up.b32 c, %2, 8, 0, -1;\n"
       "@p fma.rn.f32 %0, %2, a, %0;\n"
@@ -41,8 +40,8 @@ __device__ __forceinline__ void scan_both(float P, float& h, float& g) {
   P = fminf(P, FLT_MAX);
   asm volatile(
       "{.reg .pred p, q; .reg .f32 a, b, d;\n"
-      "shfl.sync.down.b32 d, %2, 12, 31, -1;\n"
       "shfl.sync.up.b32 a|p, %0, 16, 0, -1;\n"
+      "shfl.sync.down.b32 d, %2, 12, 31, -1;\n"
       "shfl.sync.down.b32 b|q, %1, 16, 31, -1;\n"
       "@p fma.rn.f32 %0, %2, a, %0;\n"
       "@q fma.rn.f32 %1, d, b, %1;}"
@@ -60,17 +59,12 @@ __device__ __forceinline__ void read_eight(float (&v)[8], const float* from) {
 // Sums over a warp's channels on the tensor cores. The first operand of an m16n8k8 product is four
 // steps of every lane, the second says to which columns they go: lane 4 n + k holds its rows k and
 // k + 4 of column n. In the end lane 4 i + j has steps 8 i + 4 (j % 2) + {0, 1, 2, 3} of quantity
-// j / 2.
-struct ChannelColumns {
-  uint32_t low[4], high[4];
-  __device__ __forceinline__ explicit ChannelColumns(int lane) {
-#pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      low[p] = lane / 4 == 2 * p ? __float_as_uint(1.0f) : 0u;
-      high[p] = lane / 4 == 2 * p + 1 ? __float_as_uint(1.0f) : 0u;
-    }
-  }
-};
+// j / 2. These are the second operands' four pairs of rows, {k, k + 4} each, of a lane.
+__device__ __forceinline__ void write_columns(int lane, float4* to) {
+  const auto is = [&](int column) { return lane / 4 == column ? 1.0f : 0.0f; };
+  to[lane] = make_float4(is(0), is(1), is(2), is(3));
+  to[32 + lane] = make_float4(is(4), is(5), is(6), is(7));
+}
 
 __device__ __forceinline__ void multiply_tf32(float (&d)[4], const uint32_t (&v)[4], uint32_t low,
                                               uint32_t high) {
@@ -84,7 +78,8 @@ __device__ __forceinline__ void multiply_tf32(float (&d)[4], const uint32_t (&v)
 // Terms have 11 bits, which is enough for 16-bit results; kExact adds the next 11.
 template <bool kExact>
 __device__ __forceinline__ void add_channels(float (&d)[4], float a, float b, float c, float e,
-                                             uint32_t low, uint32_t high) {
+                                             float low_row, float high_row) {
+  const uint32_t low = __float_as_uint(low_row), high = __float_as_uint(high_row);
   const float v[4] = {a, c, b, e};
   uint32_t bits[4];
 #pragma unroll
@@ -108,48 +103,47 @@ __device__ __forceinline__ float sum_steps(float v) {
   return v + __shfl_xor_sync(0xffffffffu, v, 16);
 }
 
-// Sums of one state: over the warp's channels, and over the lane's steps for each channel.
-template <class S>
+// Sums of one state: terms of dC and dB of the lane's steps, over its channels; the rest per
+// channel.
 struct StateSums {
-  float channels[2][4] = {};
-  float dA[S::C], dB[S::C] = {}, dC[S::C] = {}, leaving[S::C];
+  float terms_C[8], terms_B[8];
+  float dA[2], dB[2], dC[2], leaving[2];
 };
 
-template <class S, bool kGeneral, bool kExact>
+// A lane's work on one state. B and C are those of the lane's steps, or constants.
+template <class S, bool kGeneral>
 struct StateRun {
   const BackwardArgs& a;
   const BackwardPlace<S>& at;
-  BackwardLane<S>& lane;
-  const ChannelColumns& columns;
+  BackwardLane& lane;
   const int64_t first_step;  // row * length + the lane's first step
 
+  __device__ __forceinline__ bool exists(int k) const { return at.c + k < at.channels; }
   __device__ __forceinline__ int64_t state_index(int id, int k, int state) const {
     return (id * a.p.channels + at.channel + at.c + k) * a.p.state_dim + state;
   }
 
-  // Channel k of the lane; A is in the base of exp2_fast.
+  // Channel k. A is in the base of exp2_fast; `entering` enters the tile's first step, `carry` its
+  // last.
   template <int k>
-  __device__ __forceinline__ void channel(int state, const float (&B)[S::L], const float (&C)[S::L],
+  __device__ __forceinline__ void channel(int state, const float (&B)[8], const float (&C)[8],
                                           float A, float entering, float carry,
-                                          StateSums<S>& sums) const {
-    const float (&delta)[S::L] = lane.delta[k];
-    const float (&du)[S::L] = lane.du[k];
-    const float (&dy)[S::L] = lane.dy[k];
-    float decay[S::L], input[S::L], grad[S::L];
+                                          StateSums& sums) const {
+    float decay[8], input[8], grad[8];
 #pragma unroll
-    for (int i = 0; i < S::L; ++i) {
-      decay[i] = exp2_fast(delta[i] * A);
-      input[i] = du[i] * B[i];
-      grad[i] = C[i] * dy[i];
+    for (int i = 0; i < 8; ++i) {
+      decay[i] = exp2_fast(lane.delta[k][i] * A);
+      input[i] = lane.du[k][i] * B[i];
+      grad[i] = lane.dy[k][i] * C[i];
     }
     float P = fminf(exp2_fast(lane.delta_sum[k] * A), FLT_MAX);
-    if constexpr (kGeneral) apply_events(k, state, decay, input, grad, P);
-    // Both recurrences over the lane's steps alone, but that the ends take what enters the tile.
+    if constexpr (kGeneral) apply_events(k, state, A, decay, input, grad, P);
+    // The lane's steps alone, but that the tile's ends take what enters it.
     float h = at.i == 0 ? entering : 0.0f, g = at.i == 7 ? carry : 0.0f;
 #pragma unroll
-    for (int i = 0; i < S::L; ++i) {
+    for (int i = 0; i < 8; ++i) {
       h = fmaf(decay[i], h, input[i]);
-      g = decay[S::L - 1 - i] * (grad[S::L - 1 - i] + g);
+      g = decay[7 - i] * (grad[7 - i] + g);
     }
     scan_both(P, h, g);
     sums.leaving[k] = g;
@@ -157,77 +151,66 @@ struct StateRun {
     g = __shfl_down_sync(0xffffffffu, g, 4);
     if (at.i == 0) h = entering;
     if (at.i == 7) g = carry;
-    // The states again; each step's is kept as it was before.
-    float before[S::L], terms[S::L];
+    // Once more, from what enters the lane's steps: the states, each as it was before the step,
+    float before[8];
+    sums.dC[k] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < S::L; ++i) {
+    for (int i = 0; i < 8; ++i) {
       before[i] = h;
       h = fmaf(decay[i], h, input[i]);
-      terms[i] = h * dy[i];
+      const float dy = lane.dy[k][i];
+      if (kGeneral && a.p.constant_C) sums.dC[k] = fmaf(h, dy, sums.dC[k]);
+      sums.terms_C[i] = k ? fmaf(h, dy, sums.terms_C[i]) : h * dy;
       if (a.p.z.data) lane.y[k][i] = fmaf(C[i], h, lane.y[k][i]);
     }
-    if (kGeneral && a.p.constant_C) {
+    // and the adjoints.
+    float adjoints[kGeneral ? 8 : 1];
+    sums.dA[k] = sums.dB[k] = 0.0f;
 #pragma unroll
-      for (int i = 0; i < S::L; ++i) sums.dC[k] += terms[i];
-    } else {
-      add_terms(sums, terms, 0);
-    }
-    float dA = 0.0f;
-#pragma unroll
-    for (int i = S::L - 1; i >= 0; --i) {
-      const float dh = grad[i] + g;
+    for (int i = 7; i >= 0; --i) {
+      const float dh = grad[i] + g, du = lane.du[k][i];
       g = decay[i] * dh;
-      terms[i] = dh * du[i];
-      lane.ddu[k][i] = fmaf(dh, B[i], lane.ddu[k][i]);
       float through = g * before[i];
       if constexpr (kGeneral) {
-        if (lane.starts >> i & 1) through = at_start(k, i, state, A, dh, input[i]);
+        adjoints[i] = dh;
+        if (lane.starts >> i & 1) through = dh * decayed_start(k, i, state, A);
+        if (a.p.constant_B) sums.dB[k] = fmaf(dh, du, sums.dB[k]);
       }
+      sums.terms_B[i] = k ? fmaf(dh, du, sums.terms_B[i]) : dh * du;
+      lane.ddu[k][i] = fmaf(dh, B[i], lane.ddu[k][i]);
       lane.ddelta[k][i] = fmaf(A, through, lane.ddelta[k][i]);
-      dA = fmaf(delta[i], through, dA);
+      sums.dA[k] = fmaf(lane.delta[k][i], through, sums.dA[k]);
     }
-    sums.dA[k] = dA;
     if constexpr (kGeneral) {
-      if (a.scratch.shared_starts) add_starts(k, state, input);
+      if (a.scratch.shared_starts) add_starts(k, state, A, adjoints);
       __syncwarp();
     }
-    if (kGeneral && a.p.constant_B) {
-#pragma unroll
-      for (int i = 0; i < S::L; ++i) sums.dB[k] += terms[i];
-    } else {
-      add_terms(sums, terms, 2);
-    }
   }
 
-  __device__ __forceinline__ void add_terms(StateSums<S>& sums, const float (&v)[S::L],
-                                            int column) const {
-    add_channels<kExact>(sums.channels[0], v[0], v[1], v[2], v[3], columns.low[column],
-                         columns.high[column]);
-    add_channels<kExact>(sums.channels[1], v[4], v[5], v[6], v[7], columns.low[column + 1],
-                         columns.high[column + 1]);
+  // The decayed initial state that a start at step i takes.
+  __device__ __forceinline__ float decayed_start(int k, int i, int state, float A) const {
+    const int id = exists(k) ? a.events.before[first_step + i] : -1;
+    if (id < 0) return 0.0f;
+    return exp2_fast(lane.delta[k][i] * A) * a.p.initial_state[state_index(id, k, state)];
   }
 
-  // Restarts inside the lane's steps take their initial state and let nothing pass; the last step
-  // of a sequence gets its final state's gradient.
-  __device__ __forceinline__ void apply_events(int k, int state, float (&decay)[S::L],
-                                               float (&input)[S::L], float (&grad)[S::L],
+  // Starts inside the lane's steps take their initial state and let nothing pass; the last step of
+  // a sequence gets its final state's gradient.
+  __device__ __forceinline__ void apply_events(int k, int state, float A, float (&decay)[8],
+                                               float (&input)[8], float (&grad)[8],
                                                float& P) const {
-    const bool exists = at.c + k < at.channels;
     if (lane.starts) {
       P = 0.0f;
 #pragma unroll
-      for (int i = 0; i < S::L; ++i) {
+      for (int i = 0; i < 8; ++i) {
         if (!(lane.starts >> i & 1)) continue;
-        const int id = a.events.before[first_step + i];
-        if (id >= 0 && exists) {
-          input[i] = fmaf(decay[i], a.p.initial_state[state_index(id, k, state)], input[i]);
-        }
+        input[i] += decayed_start(k, i, state, A);
         decay[i] = 0.0f;
       }
     }
-    if (lane.ends && a.dfinal_state && exists) {
+    if (lane.ends && a.dfinal_state && exists(k)) {
 #pragma unroll
-      for (int i = 0; i < S::L; ++i) {
+      for (int i = 0; i < 8; ++i) {
         if (!(lane.ends >> i & 1)) continue;
         grad[i] += a.dfinal_state[state_index(a.events.after[first_step + i], k, state)];
       }
@@ -235,30 +218,21 @@ struct StateRun {
     __syncwarp();
   }
 
-  // The adjoint times the decayed state where step i took an initial state; `decayed` is what that
-  // state gets.
-  __device__ __forceinline__ float at_start(int k, int i, int state, float A, float dh,
-                                            float& decayed) const {
-    const int id = a.events.before[first_step + i];
-    decayed = 0.0f;
-    if (id < 0 || at.c + k >= at.channels) return 0.0f;
-    decayed = exp2_fast(lane.delta[k][i] * A) * dh;
-    return decayed * a.p.initial_state[state_index(id, k, state)];
-  }
-
-  // Hands the lane's adjoints to their initial states. Where starts share one, lane after lane
+  // Hands the adjoints at starts to the initial states. Where starts share one, lane after lane
   // adds.
-  __device__ __forceinline__ void add_starts(int k, int state, const float (&decayed)[S::L]) const {
+  __device__ __forceinline__ void add_starts(int k, int state, float A,
+                                             const float (&dh)[8]) const {
     const bool shared = *a.scratch.shared_starts;
     for (int turn = 7; turn >= 0; --turn) {
-      if (lane.starts && at.c + k < at.channels && (!shared || turn == at.i)) {
+      if (lane.starts && exists(k) && (!shared || turn == at.i)) {
 #pragma unroll
-        for (int i = S::L - 1; i >= 0; --i) {
+        for (int i = 7; i >= 0; --i) {
           if (!(lane.starts >> i & 1)) continue;
           const int id = a.events.before[first_step + i];
           if (id < 0) continue;
+          const float passed = exp2_fast(lane.delta[k][i] * A) * dh[i];
           float* const to = a.dinitial_state + state_index(id, k, state);
-          *to = shared ? *to + decayed[i] : decayed[i];
+          *to = shared ? *to + passed : passed;
         }
       }
       if (!shared) return;

@@ -203,7 +203,10 @@ template <class Layout, bool kTimeInner, int kSize, int kThreads, bool kLoad>
 __device__ __forceinline__ void move_elements(char* tile, char* global, const TileSource& s,
                                               int steps, int channels) {
   using Word = typename Bits<kSize>::type;
-  constexpr int kCount = Layout::kRow * Layout::kSteps / kThreads, kBatch = kCount < 8 ? kCount : 8;
+  constexpr int kElements = Layout::kRow * Layout::kSteps;
+  constexpr int kCount = (kElements + kThreads - 1) / kThreads, kBatch = kCount < 8 ? kCount : 8;
+  static_assert(kCount % kBatch == 0, "whole batches");
+  constexpr bool kEven = kElements % kThreads == 0;
   for (int i0 = 0; i0 < kCount; i0 += kBatch) {
     Word words[kBatch];
 #pragma unroll
@@ -213,10 +216,11 @@ __device__ __forceinline__ void move_elements(char* tile, char* global, const Ti
       const int t = kTimeInner ? i % Layout::kSteps : i / Layout::kRow;
       char* const in_tile = tile + Layout::at(TileOrder::kElements, kSize, c, t);
       char* const in_global = global + (c * s.stride_c + t * s.stride_t) * kSize;
+      const bool exists = c < channels && t < steps && (kEven || i < kElements);
       if constexpr (kLoad) {
-        words[k] = c < channels && t < steps ? *reinterpret_cast<const Word*>(in_global) : Word{0};
+        words[k] = exists ? *reinterpret_cast<const Word*>(in_global) : Word{0};
       } else {
-        if (c < channels && t < steps) {
+        if (exists) {
           *reinterpret_cast<Word*>(in_global) = *reinterpret_cast<const Word*>(in_tile);
         }
       }
@@ -227,6 +231,7 @@ __device__ __forceinline__ void move_elements(char* tile, char* global, const Ti
         const int i = threadIdx.x + (i0 + k) * kThreads;
         const int c = kTimeInner ? i / Layout::kSteps : i % Layout::kRow;
         const int t = kTimeInner ? i % Layout::kSteps : i / Layout::kRow;
+        if (!kEven && i >= kElements) break;
         *reinterpret_cast<Word*>(tile + Layout::at(TileOrder::kElements, kSize, c, t)) = words[k];
       }
     }

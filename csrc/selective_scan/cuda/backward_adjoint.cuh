@@ -1,0 +1,138 @@
+// Where few channels leave processors idle, a row's length is cut into segments that run side by
+// side. Each needs the adjoint that the later ones hand it: the kernel here finds, for every
+// segment by itself, the affine map of what enters its end to what leaves its start; chain_segments
+// then chains these maps.
+#pragma once
+
+#include "backward_block.cuh"
+
+namespace mamba {
+
+// A state of one channel over the lane's steps: g + P x leaves where x enters. Lane 0 of a channel
+// gets the map of the whole tile.
+template <class S, bool kGeneral, int k>
+__device__ __forceinline__ void tile_map(const StateRun<S, kGeneral>& run, int state,
+                                         const float (&C)[8], float A, float& g, float& P) {
+  const BackwardLane& lane = run.lane;
+  float decay[8], grad[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    decay[i] = exp2_fast(lane.delta[k][i] * A);
+    grad[i] = lane.dy[k][i] * C[i];
+  }
+  P = fminf(exp2_fast(lane.delta_sum[k] * A), FLT_MAX);
+  if constexpr (kGeneral) {
+    float unused[8] = {};
+    run.apply_events(k, state, A, decay, unused, grad, P);
+  }
+  g = 0.0f;
+#pragma unroll
+  for (int i = 7; i >= 0; --i) g = decay[i] * (grad[i] + g);
+#pragma unroll
+  for (int distance = 4; distance < 32; distance *= 2) {
+    g = fmaf(P, __shfl_down_sync(0xffffffffu, g, distance), g);
+    P = fminf(P * __shfl_down_sync(0xffffffffu, P, distance), FLT_MAX);
+  }
+}
+
+// The segment's maps in the records: the first of a state is A, then g and P so far, from the start
+// on.
+template <class S, class K, bool kGeneral>
+__device__ __forceinline__ void extend_map(const BackwardBlock<S, K, kGeneral>& block,
+                                           const StateRun<S, kGeneral>& run, int state,
+                                           const float* projections, float* record) {
+  using M = BackwardMemory<S, kGeneral>;
+  const BackwardPlace<S>& at = block.at;
+  const float2 so_far = *reinterpret_cast<const float2*>(record + 2 * S::kChannels);
+  // What lies behind a decay of 0 does not reach the segment's start.
+  if (__all_sync(0xffffffffu, so_far.x == 0.0f && so_far.y == 0.0f)) return;
+  const float2 A = *reinterpret_cast<const float2*>(record);
+  float C[8], g[2], P[2];
+  const BackwardArgs& a = block.a;
+  block.read_projection(C, a.p.constant_C, a.p.C, projections + M::kRowPitch, 0, state);
+  tile_map<S, kGeneral, 0>(run, state, C, A.x, g[0], P[0]);
+  if (kGeneral && a.p.constant_C) {
+    block.read_projection(C, true, a.p.C, nullptr, 1, state);
+  }
+  tile_map<S, kGeneral, 1>(run, state, C, A.y, g[1], P[1]);
+  __syncwarp();
+  if (at.i != 0) return;
+  float2* const total = reinterpret_cast<float2*>(record + S::kChannels);
+  *total = make_float2(fmaf(so_far.x, g[0], total->x), fmaf(so_far.y, g[1], total->y));
+  *reinterpret_cast<float2*>(record + 2 * S::kChannels) =
+      make_float2(fminf(so_far.x * P[0], FLT_MAX), fminf(so_far.y * P[1], FLT_MAX));
+}
+
+template <class S, class K, bool kGeneral>
+__global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
+    scan_adjoint_kernel(const __grid_constant__ BackwardArgs a) {
+  using M = BackwardMemory<S, kGeneral>;
+  extern __shared__ __align__(16) char smem[];
+  const M m(a, a.plan.stages);
+  // The first segment hands its adjoint to nobody.
+  const int64_t slices = a.plan.slices, later = a.plan.segments - 1;
+  const int64_t row = blockIdx.x / slices / later, segment = 1 + blockIdx.x / slices % later;
+  const int64_t unit = blockIdx.x % slices + slices * (segment + a.plan.segments * row);
+  const BackwardBlock<S, K, kGeneral> block(a, m, smem, unit);
+  const BackwardPlace<S>& at = block.at;
+  const int n = block.n;
+  block.locate();
+  const int64_t first_tile = segment * a.plan.segment_tiles;
+  const int64_t end_tile = min(first_tile + a.plan.segment_tiles, a.tiles);
+  block.load_inputs(smem, first_tile * S::kSteps);
+  block.load_projections(first_tile * S::kSteps, 0);
+  copies_commit();
+  block.template begin<true>();
+  BackwardLane lane;
+  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+    const int64_t t0 = tile * S::kSteps;
+    const int stage_at = a.plan.stages == 2 && (tile - first_tile) & 1 ? m.stage : 0;
+    const bool more = tile + 1 < end_tile;
+    for (int first = 0; first < n; first += S::kStates) {
+      const int states = min(n - first, S::kStates);
+      const bool last = first + S::kStates >= n;
+      copies_wait<0>();
+      __syncthreads();
+      block.convert_projections(t0, first);
+      if (first == 0) block.prepare(lane, smem + stage_at, t0);
+      __syncthreads();
+      if (first == 0 && more) {
+        block.load_inputs(smem + (a.plan.stages == 2 ? m.stage - stage_at : 0), t0 + S::kSteps);
+      }
+      if (!last || more) {
+        block.load_projections(last ? t0 + S::kSteps : t0, last ? 0 : first + S::kStates);
+      }
+      copies_commit();
+      const StateRun<S, kGeneral> run{a, at, lane, at.row * a.p.length + t0 + at.i * S::L};
+      const float* from = block.floats(m.projections) + at.i * M::kLanePitch;
+      float* record = block.floats(m.records) + first * M::kRecordPitch + at.c;
+#pragma unroll 1
+      for (int s = 0; s < states; ++s) {
+        extend_map(block, run, first + s, from, record);
+        from += M::kStatePitch, record += M::kRecordPitch;
+      }
+    }
+  }
+  __syncthreads();
+  const int64_t to = (at.row * a.plan.segments + segment) * a.p.channels * n + at.channel * n;
+  for (int i = threadIdx.x; i < n * at.channels; i += S::kThreads) {
+    const float* const record = block.floats(m.records) + i % n * M::kRecordPitch + i / n;
+    a.scratch.adjoint[to + i] = record[S::kChannels];
+    a.scratch.decay[to + i] = record[2 * S::kChannels];
+  }
+}
+
+template <class S, class K, bool kGeneral>
+const char* launch_adjoint(const BackwardArgs& a, cudaStream_t stream) {
+  const BackwardMemory<S, kGeneral> m(a, a.plan.stages);
+  const auto kernel = scan_adjoint_kernel<S, K, kGeneral>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, m.total);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const int64_t blocks = a.p.batch * (a.plan.segments - 1) * a.plan.slices;
+  kernel<<<static_cast<unsigned>(blocks), S::kThreads, m.total, stream>>>(a);
+  if (const char* failed = message(cudaGetLastError())) return failed;
+  return chain_segments(a, stream);
+}
+
+}  // namespace mamba
