@@ -203,8 +203,9 @@ def _gpu_reason() -> str | None:
 def gpu_reason() -> str | None:
     """Why the CUDA library does not serve every visible GPU, or None when it does.
 
-    One answer for all of them, because ops are chosen by device type; ``CUDA_VISIBLE_DEVICES`` hides
-    a GPU that should not count. Initialises CUDA, so call it only where CUDA tensors exist anyway.
+    One answer for all of them, because ops are chosen by device type; ``CUDA_VISIBLE_DEVICES``
+    hides a GPU that should not count. Initialises CUDA, so call it only where CUDA tensors exist
+    anyway.
     """
     return _gpu_reason()
 
