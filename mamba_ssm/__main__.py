@@ -1,4 +1,4 @@
-"""``python -m mamba_ssm info | build | generate``."""
+"""``python -m mamba_ssm info | build | convert | generate``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from . import __version__
 COMMANDS = {
     "info": "versions, devices, and which backend serves each op",
     "build": "compile the kernels for the installed torch",
+    "convert": "a checkpoint from one format to the other, without loss",
     "generate": "generate text with a language model (the same as mamba-generate)",
 }
 
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .info import main as run
     elif args.command == "build":
         from ._build import main as run
+    elif args.command == "convert":
+        from .commands.convert import main as run
     else:
         from .commands.generate import main as run
     return run(args.arguments) or 0

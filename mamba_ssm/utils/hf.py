@@ -57,7 +57,7 @@ __all__ = [
     "save_pretrained_dir",
 ]
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -190,7 +190,7 @@ def load_tokenizer(model_name: str | os.PathLike[str]) -> PreTrainedTokenizerBas
     if isinstance(files, LocalFiles) or files.find(CONFIG_NAME) is not None:
         config_path = find_required(files, CONFIG_NAME)
         raw_config = read_json(config_path)
-        found = [path for path in map(files.find, _TOKENIZER_FILES) if path is not None]
+        found = [path for path in map(files.find, TOKENIZER_FILES) if path is not None]
         if found:
             return _tokenizer_from(found[0].parent)
         if raw_config.get("tokenizer_class") == "ByT5Tokenizer":
@@ -213,7 +213,7 @@ def load_tokenizer(model_name: str | os.PathLike[str]) -> PreTrainedTokenizerBas
             f"hub, which cannot be reached ({error.__cause__}). Put the tokenizer's files "
             "(tokenizer.json, tokenizer_config.json) into the model's directory, or pass token ids."
         ) from error.__cause__
-    for filename in _TOKENIZER_FILES:
+    for filename in TOKENIZER_FILES:
         default.find(filename)
     return _tokenizer_from(required.parent)
 
