@@ -18,33 +18,17 @@ from ._autograd import differentiable_backward, needs_grad, transformed, wants_d
 from ._checks import check_device, check_dtype, check_shape
 from .causal_conv1d import causal_conv1d_ref
 from .chunking import chunk_size_for
-from .dtypes import accumulate_dtype, kernel_dtype, no_wider_than
-from .layout import is_channel_last
+from .dtypes import accumulate_dtype
+from .mamba_inner_steps import (
+    Args,
+    convolve,
+    flat_conv,
+    inner_backward,
+    project,
+    scan_arguments,
+)
 from .reference.scan_oracle import selective_scan_sequential
 from .scan_checks import check_projection_shape
-from .scan_groups import same_groups, sum_groups
-
-
-class _Args(NamedTuple):
-    """The tensor arguments, in the order of ``mamba_inner_fn``."""
-
-    xz: Tensor  # (b, 2d, l)
-    conv_weight: Tensor  # (d, w)
-    conv_bias: Tensor | None
-    x_proj: Tensor  # (r + n k, d)
-    delta_proj: Tensor  # (d, r)
-    out_proj: Tensor  # (e, d)
-    out_bias: Tensor | None
-    A: Tensor  # (d, n)
-    B: Tensor | None
-    C: Tensor | None
-    D: Tensor | None
-    delta_bias: Tensor | None
-    B_bias: Tensor | None
-    C_bias: Tensor | None
-    b_rms: Tensor | None
-    c_rms: Tensor | None
-    dt_rms: Tensor | None
 
 
 class _Options(NamedTuple):
@@ -55,16 +39,7 @@ class _Options(NamedTuple):
     autocast_dtype: torch.dtype | None
 
 
-class _Projected(NamedTuple):
-    """What x_proj makes of the convolution's output, before and after the optional norms."""
-
-    raw: tuple[Tensor | None, Tensor | None, Tensor | None]  # delta, B, C as rows before their norm
-    delta: Tensor  # (b, d, l)
-    B: Tensor  # (b, 1, n, l) or (d, n)
-    C: Tensor
-
-
-def _autocast(args: _Args, dtype: torch.dtype | None) -> _Args:
+def _autocast(args: Args, dtype: torch.dtype | None) -> Args:
     """The projections in the autocast dtype; everything else keeps its own."""
     if dtype is None:
         return args
@@ -75,59 +50,7 @@ def _autocast(args: _Args, dtype: torch.dtype | None) -> _Args:
     )
 
 
-def _rms_rows(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x (b, l, m) normalised over m, if there is a weight."""
-    if weight is None:
-        return x
-    op = backend.resolve("_add_norm_fwd", x.device.type, kernel_dtype(x, weight))
-    return op(x.flatten(0, 1), None, weight, None, eps, True, None)[0].view(x.shape)
-
-
-def _rms_rows_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, eps: float):
-    """(dx, dweight) of :func:`_rms_rows`."""
-    if weight is None:
-        return dy, None
-    rows = x.flatten(0, 1)
-    rstd = torch.rsqrt(rows.to(accumulate_dtype(x)).square().mean(dim=1) + eps)
-    op = backend.resolve("_add_norm_bwd", x.device.type, kernel_dtype(x, weight))
-    dx, dweight, _ = op(
-        dy.flatten(0, 1), None, rows, None, weight, None, rstd.new_empty((0,)), rstd, True
-    )
-    return dx.view(x.shape).to(x.dtype), dweight
-
-
-def _project(args: _Args, x_dbl: Tensor, delta_raw: Tensor | None, eps: float) -> _Projected:
-    """delta, B and C out of x_proj's result x_dbl (b, l, r + n k)."""
-    rank, n = args.delta_proj.shape[1], args.A.shape[1]
-    if delta_raw is None:
-        delta_raw = F.linear(x_dbl[..., :rank], args.delta_proj)
-    delta = _rms_rows(delta_raw, args.dt_rms, eps).transpose(1, 2)
-    offset, values, raws = rank, [], []
-    for given, bias, weight in (
-        (args.B, args.B_bias, args.b_rms),
-        (args.C, args.C_bias, args.c_rms),
-    ):
-        if given is not None:
-            values.append(given if given.dim() == 2 else given.to(delta.dtype))
-            raws.append(None)
-            continue
-        raw = x_dbl[..., offset : offset + n]
-        offset += n
-        if bias is not None:
-            raw = raw + bias.to(raw.dtype)
-        raws.append(raw)
-        values.append(_rms_rows(raw, weight, eps).transpose(1, 2).unsqueeze(1))
-    return _Projected((delta_raw, *raws), delta, *values)
-
-
-def _conv(args: _Args) -> Tensor:
-    x = args.xz.chunk(2, dim=1)[0]
-    dtype = kernel_dtype(x, args.conv_weight, args.conv_bias)
-    op = backend.resolve("_causal_conv1d_fwd", x.device.type, dtype)
-    return op(x, args.conv_weight, args.conv_bias, None, None, x.shape[0], True)[0]
-
-
-def _out_projection(y: Tensor, args: _Args) -> Tensor:
+def _out_projection(y: Tensor, args: Args) -> Tensor:
     # A client keeps the bias in fp32 beside 16-bit weights; not every device mixes them.
     bias = None if args.out_bias is None else args.out_bias.to(args.out_proj.dtype)
     return F.linear(y.transpose(1, 2), args.out_proj, bias)
@@ -170,105 +93,64 @@ class MambaInnerFn(torch.autograd.Function):
         ctx.delta_softplus, ctx.eps, ctx.autocast_dtype = delta_softplus, b_c_dt_rms_eps, None
         if torch.is_autocast_enabled(device):
             ctx.autocast_dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
+        with _without_autocast(device):
             if A.is_complex():
                 backend.only_reference("a block with complex A")
-                ctx.save_for_backward(*tensors, *(None,) * 5)
+                ctx.save_for_backward(*tensors, *(None,) * 8)
                 return _compose(ctx, *tensors)
-            args = _autocast(_flat_conv(_Args(*tensors)), ctx.autocast_dtype)
-            conv_out = _conv(args)
+            args = _autocast(flat_conv(Args(*tensors)), ctx.autocast_dtype)
+            conv_out = convolve(args)
             x_dbl = F.linear(conv_out.transpose(1, 2).to(args.x_proj.dtype), args.x_proj)
-            p = _project(args, x_dbl, None, ctx.eps)
+            p = project(args, x_dbl, None, ctx.eps)
             op = backend.resolve("_selective_scan_fwd", device, p.delta.dtype)
             ctx.chunk_size = chunk_size_for(xz.shape[2], op, xz.device.type, keep_states)
-            y, _, states = op(*_scan_arguments(ctx, args, conv_out, p))
+            y, _, states = op(*scan_arguments(ctx, args, conv_out, p))
             out = _out_projection(y, args)
         kept = (conv_out, p.raw[0]) if checkpoint_lvl == 0 else (None, None)
-        ctx.save_for_backward(*tensors, y, states, x_dbl, *kept)
+        # The projections as they were used: casting them again would take the host's time.
+        used = (args.x_proj, args.delta_proj, args.out_proj)
+        ctx.save_for_backward(*tensors, y, states, x_dbl, *kept, *used)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        *tensors, y, states, x_dbl, conv_out, delta_raw = ctx.saved_tensors
-        with torch.autocast(dout.device.type, enabled=False):
-            if y is None or wants_double_backward():
+        saved = list(ctx.saved_tensors)
+        tensors = saved[: len(Args._fields)]
+        with _without_autocast(dout.device.type):
+            if saved[len(tensors)] is None or wants_double_backward():
                 grads = differentiable_backward(lambda *t: _compose(ctx, *t), tensors, (dout,))
             else:
-                args = _autocast(_flat_conv(_Args(*tensors)), ctx.autocast_dtype)
-                conv_out = _conv(args) if conv_out is None else conv_out
-                p = _project(args, x_dbl, delta_raw, ctx.eps)
-                grads = _backward(ctx, args, dout, y, states, x_dbl, conv_out, p)
+                if not torch.compiler.is_compiling():
+                    ctx.maybe_clear_saved_tensors()  # does nothing where the graph is kept
                 grads = [
-                    None if t is None else g.to(t.dtype).reshape(t.shape)
-                    for g, t in zip(grads, tensors, strict=True)
+                    None if g is None or t is None else g.to(t.dtype).reshape(t.shape)
+                    for g, t in zip(inner_backward(ctx, saved, dout), tensors, strict=True)
                 ]
         return (*grads[:14], None, None, *grads[14:], None, None)
 
 
-def _flat_conv(args: _Args) -> _Args:
-    """The convolution's weight as (d, w), also when it came as nn.Conv1d's (d, 1, w)."""
-    return args._replace(conv_weight=args.conv_weight.flatten(1))
+class _AutocastOff:
+    """torch.autocast(device, enabled=False) at a small part of its cost."""
+
+    __slots__ = ("device", "was")
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        self.was = torch.is_autocast_enabled(self.device)
+        if self.was:
+            torch.set_autocast_enabled(self.device, False)
+
+    def __exit__(self, *error: object) -> None:
+        if self.was:
+            torch.set_autocast_enabled(self.device, True)
 
 
-def _scan_arguments(ctx, args: _Args, conv_out: Tensor, p: _Projected) -> tuple:
-    """What forward and backward of the scan share; u and z in delta's dtype, the projections'."""
-    dtype = p.delta.dtype
-    acc = accumulate_dtype(p.delta)
-    D, delta_bias = no_wider_than(args.D, acc), no_wider_than(args.delta_bias, acc)
-    z = args.xz.chunk(2, dim=1)[1].to(dtype)
-    return (
-        conv_out.to(dtype), p.delta, args.A.to(acc), *same_groups(p.B, p.C), D, z, delta_bias,
-        ctx.delta_softplus, None, None, conv_out.shape[0], ctx.chunk_size,
-    )  # fmt: skip
-
-
-def _cat_channels(x: Tensor, z: Tensor, like: Tensor) -> Tensor:
-    """[x; z] along the channels, in the memory layout of ``like``."""
-    if is_channel_last(like):
-        return torch.cat([x.transpose(1, 2), z.transpose(1, 2)], dim=2).transpose(1, 2)
-    return torch.cat([x, z], dim=1)
-
-
-def _backward(ctx, args: _Args, dout, y, states, x_dbl, conv_out, p: _Projected) -> tuple:
-    """Gradients of every tensor of ``args``, in its order, in whatever dtype they come."""
-    x = args.xz.chunk(2, dim=1)[0]
-    batch, rank = x.shape[0], args.delta_proj.shape[1]
-    dout = dout.to(args.out_proj.dtype)
-    rows_out = dout.flatten(0, 1)
-    d_out_proj = rows_out.t() @ y.transpose(1, 2).flatten(0, 1)
-    dy = (dout @ args.out_proj).transpose(1, 2)
-    op = backend.resolve("_selective_scan_bwd", x.device.type, p.delta.dtype)
-    du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, _ = op(
-        dy, None, *_scan_arguments(ctx, args, conv_out, p), states
-    )
-    dB, dC = sum_groups(dB, p.B), sum_groups(dC, p.C)
-
-    d_rows, d_dt_rms = _rms_rows_backward(ddelta.transpose(1, 2), p.raw[0], args.dt_rms, ctx.eps)
-    d_delta_proj = d_rows.flatten(0, 1).t() @ x_dbl[..., :rank].flatten(0, 1)
-    parts, biases, norms = [d_rows @ args.delta_proj], [None, None], [None, None]
-    for i, (grad, weight) in enumerate(((dB, args.b_rms), (dC, args.c_rms))):
-        raw = p.raw[1 + i]
-        if raw is None:
-            continue
-        d_raw, norms[i] = _rms_rows_backward(grad.squeeze(1).transpose(1, 2), raw, weight, ctx.eps)
-        biases[i] = d_raw.sum(dim=(0, 1), dtype=accumulate_dtype(d_raw))
-        parts.append(d_raw)
-    dx_dbl = torch.cat(parts, dim=-1)
-    rows_conv = conv_out.transpose(1, 2).flatten(0, 1).to(dx_dbl.dtype)
-    d_x_proj = dx_dbl.flatten(0, 1).t() @ rows_conv
-    d_conv_out = (du + (dx_dbl @ args.x_proj).transpose(1, 2)).to(conv_out.dtype)
-
-    dtype = kernel_dtype(x, args.conv_weight, args.conv_bias)
-    op = backend.resolve("_causal_conv1d_bwd", x.device.type, dtype)
-    dx, d_conv_weight, d_conv_bias, _ = op(
-        d_conv_out, None, x, args.conv_weight, args.conv_bias, None, None, batch, True
-    )
-    return (
-        _cat_channels(dx, dz.to(dx.dtype), args.xz), d_conv_weight, d_conv_bias, d_x_proj,
-        d_delta_proj,
-        d_out_proj, rows_out.sum(dim=0, dtype=accumulate_dtype(dout)), dA, dB, dC, dD, ddelta_bias,
-        *biases, *norms, d_dt_rms,
-    )  # fmt: skip
+def _without_autocast(device: str):
+    if torch.compiler.is_compiling():  # which knows torch's own context manager only
+        return torch.autocast(device, enabled=False)
+    return _AutocastOff(device)
 
 
 def _rms_plain(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -280,7 +162,7 @@ def _rms_plain(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def _compose(ctx, *tensors: Tensor | None) -> Tensor:
     """The block in plain differentiable torch, for complex A and for second derivatives."""
-    args = _autocast(_flat_conv(_Args(*tensors)), ctx.autocast_dtype)
+    args = _autocast(flat_conv(Args(*tensors)), ctx.autocast_dtype)
     x, z = args.xz.chunk(2, dim=1)
     conv_out = causal_conv1d_ref(x, args.conv_weight, args.conv_bias, activation="silu")
     x_dbl = F.linear(conv_out.transpose(1, 2).to(args.x_proj.dtype), args.x_proj)
@@ -321,7 +203,7 @@ def _composed(tensors: tuple, delta_softplus: bool, eps: float) -> Tensor:
         return _compose(_Options(delta_softplus, eps, autocast), *tensors)
 
 
-# The public names of the arguments, in the order of _Args.
+# The public names of the arguments, in the order of Args.
 _NAMES = (
     "xz", "conv1d_weight", "conv1d_bias", "x_proj_weight", "delta_proj_weight", "out_proj_weight",
     "out_proj_bias", "A", "B", "C", "D", "delta_bias", "B_proj_bias", "C_proj_bias", "b_rms_weight",
@@ -329,7 +211,7 @@ _NAMES = (
 )  # fmt: skip
 
 
-def _check_inner(args: _Args, checkpoint_lvl: int) -> None:
+def _check_inner(args: Args, checkpoint_lvl: int) -> None:
     """Shapes, dtypes and devices that do not belong together, named before anything runs."""
     given = dict(zip(_NAMES, args, strict=True))
     if args.xz.dim() != 3 or args.xz.shape[1] % 2:
@@ -427,7 +309,7 @@ def mamba_inner_fn(
         out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, b_rms_weight, c_rms_weight,
         dt_rms_weight,
     )  # fmt: skip
-    _check_inner(_Args(*tensors), checkpoint_lvl)
+    _check_inner(Args(*tensors), checkpoint_lvl)
     if transformed("a Mamba block"):
         return _composed(tensors, delta_softplus, b_c_dt_rms_eps)
     return MambaInnerFn.apply(
@@ -462,5 +344,5 @@ def mamba_inner_ref(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
         out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, None, None, None,
     )  # fmt: skip
-    _check_inner(_Args(*tensors), checkpoint_lvl=1)
+    _check_inner(Args(*tensors), checkpoint_lvl=1)
     return _composed(tensors, delta_softplus, 0.0)
