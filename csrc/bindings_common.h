@@ -72,6 +72,19 @@ inline TensorArg tensor_arg(const char* op, const char* name, const OptionalTens
   return t.has_value() ? tensor_arg(op, name, *t, shape, like) : TensorArg{};
 }
 
+inline Tensor new_floats(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+// What stands for a result that does not exist.
+inline Tensor absent(const Tensor& like) {
+  return torch::stable::new_empty(like, std::vector<int64_t>{0});
+}
+
+inline float* floats_of(const Tensor& t) {
+  return t.numel() ? static_cast<float*>(t.data_ptr()) : nullptr;
+}
+
 // Validates a call of mamba_ssm::_state_update before anything is allocated or written.
 inline StateUpdateParams state_update_params(const Tensor& state, const Tensor& x, const Tensor& dt,
                                              const Tensor& A, const Tensor& B, const Tensor& C,

@@ -1,7 +1,7 @@
 // Add and norm on the CPU as torch operators. Schemas live in mamba_ssm/ops/schema.py.
 #include <algorithm>
 
-#include "bindings_common.h"
+#include "bindings_norm.h"
 #include "common/reduce_rows.h"
 #include "norm/cpu/norm.h"
 
@@ -16,68 +16,18 @@ int64_t grain_of(int64_t elements) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
 }
 
-Tensor new_floats(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
-}
-
-Tensor absent(const Tensor& like) {
-  return torch::stable::new_empty(like, std::vector<int64_t>{0});
-}
-
-float* floats_of(const Tensor& t) {
-  return t.numel() ? static_cast<float*>(t.data_ptr()) : nullptr;
-}
-
-NormParams norm_params(const char* op, const Tensor& x, const OptionalTensor& residual,
-                       const Tensor& weight, const OptionalTensor& bias, bool is_rms_norm) {
-  check_dim(op, "x", x, 2, "(rows, channels)");
-  NormParams p;
-  p.rows = x.size(0);
-  p.size = x.size(1);
-  p.is_rms = is_rms_norm;
-  p.x = tensor_arg(op, "x", x, {p.rows, p.size}, x);
-  p.residual = tensor_arg(op, "residual", residual, {p.rows, p.size}, x);
-  p.weight = tensor_arg(op, "weight", weight, {p.size}, x);
-  p.bias = tensor_arg(op, "bias", bias, {p.size}, x);
-  return p;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_fwd_op(
     Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps,
     bool is_rms_norm, std::optional<ScalarType> residual_dtype) {
   const char* op = "_add_norm_fwd";
   NormParams p = norm_params(op, x, residual, weight, bias, is_rms_norm);
   p.eps = static_cast<float>(eps);
-  const ScalarType wanted = residual_dtype.value_or(x.scalar_type());
-  STD_TORCH_CHECK(
-      wanted == ScalarType::Float || wanted == ScalarType::Half || wanted == ScalarType::BFloat16,
-      op, ": residual_dtype must be float32, float16 or bfloat16, got ",
-      torch::headeronly::toString(wanted));
-  const std::vector<int64_t> sizes{p.rows, p.size};
-  Tensor y = torch::stable::new_empty(x, sizes), total = absent(x);
-  p.y = tensor_arg(op, "y", y, sizes, x);
-  if (residual.has_value() || wanted != x.scalar_type()) {
-    total = torch::stable::new_empty(x, sizes, wanted);
-    p.residual_out = tensor_arg(op, "residual_out", total, sizes, x);
-  }
-  Tensor mean = new_floats(x, {is_rms_norm ? 0 : p.rows}), rstd = new_floats(x, {p.rows});
-  p.mean = floats_of(mean);
-  p.rstd = floats_of(rstd);
+  NormResults r = allocate_norm_results(op, p, x, residual, residual_dtype);
   parallel_for(0, p.rows, grain_of(p.size), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(norm_scratch_size(p)));
     add_norm_fwd(p, begin, end, scratch.data());
   });
-  return {y, total, mean, rstd};
-}
-
-// A statistic of the forward pass (rows,), which must be fp32.
-float* statistic(const char* op, const char* name, const Tensor& t, int64_t rows, const Tensor& x,
-                 int64_t* stride) {
-  const TensorArg arg = tensor_arg(op, name, t, {rows}, x);
-  STD_TORCH_CHECK(arg.dtype == DType::kFloat32, op, ": ", name, " must be float32, got ",
-                  torch::headeronly::toString(t.scalar_type()));
-  *stride = arg.stride[0];
-  return static_cast<float*>(arg.data);
+  return {r.y, r.residual_out, r.mean, r.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_norm_bwd_op(Tensor dy, OptionalTensor dresidual_out,
@@ -85,13 +35,9 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_bwd_op(Tensor dy, OptionalTensor dre
                                                    OptionalTensor bias, Tensor mean, Tensor rstd,
                                                    bool is_rms_norm) {
   const char* op = "_add_norm_bwd";
-  NormParams p = norm_params(op, x, residual, weight, bias, is_rms_norm);
-  const std::vector<int64_t> sizes{p.rows, p.size};
-  p.dy = tensor_arg(op, "dy", dy, sizes, x);
-  p.dresidual_out = tensor_arg(op, "dresidual_out", dresidual_out, sizes, x);
-  if (!is_rms_norm) p.mean = statistic(op, "mean", mean, p.rows, x, &p.mean_stride);
-  p.rstd = statistic(op, "rstd", rstd, p.rows, x, &p.rstd_stride);
-  Tensor dx = new_floats(x, sizes), dweight = new_floats(x, {p.size});
+  NormParams p =
+      norm_bwd_params(op, dy, dresidual_out, x, residual, weight, bias, mean, rstd, is_rms_norm);
+  Tensor dx = new_floats(x, {p.rows, p.size}), dweight = new_floats(x, {p.size});
   Tensor dbias = new_floats(x, {bias.has_value() ? p.size : 0});
   p.dx = floats_of(dx);
   const int64_t groups = (p.rows + kNormGroup - 1) / kNormGroup;

@@ -38,7 +38,18 @@ SHIPPED_KERNELS = {
             "_pack_weight",
         }
     ),
-    "cuda": frozenset({"_selective_scan_fwd", "_selective_scan_bwd", "_state_update"}),
+    "cuda": frozenset(
+        {
+            "_selective_scan_fwd",
+            "_selective_scan_bwd",
+            "_causal_conv1d_fwd",
+            "_causal_conv1d_bwd",
+            "_causal_conv1d_update",
+            "_add_norm_fwd",
+            "_add_norm_bwd",
+            "_state_update",
+        }
+    ),
 }
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)

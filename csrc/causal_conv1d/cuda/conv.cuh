@@ -1,0 +1,119 @@
+// What the convolution's kernels share.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../../common/cuda_vector.cuh"
+#include "conv.h"
+
+namespace mamba {
+
+constexpr int kConvThreads = 128;
+constexpr int kMaxFastWidth = 4;
+constexpr int kForwardSteps = 16, kBackwardSteps = 64;  // of a thread with channels innermost
+constexpr int kForwardChannels = 8, kBackwardChannels = 4;
+constexpr int kGeneralSteps = 64;  // whose share of dweight one thread adds up
+
+__device__ __forceinline__ float conv_sigmoid(float v) { return 1.0f / (1.0f + __expf(-v)); }
+__device__ __forceinline__ float conv_silu(float v) { return v * conv_sigmoid(v); }
+__device__ __forceinline__ float conv_dsilu(float v) {
+  const float s = conv_sigmoid(v);
+  return s * fmaf(v, 1.0f - s, 1.0f);
+}
+
+__device__ __forceinline__ float conv_weight(const ConvParams& p, int64_t c, int64_t k) {
+  return load_at(p.weight, c, k);
+}
+__device__ __forceinline__ float conv_bias(const ConvParams& p, int64_t c) {
+  return p.bias.data ? load_float(p.bias.data, p.bias.dtype, c * p.bias.stride[0]) : 0.0f;
+}
+
+// The input `lag` steps before the start of a run of state `id`; 1 is the newest.
+__device__ __forceinline__ float conv_initial(const ConvParams& p, int64_t id, int64_t c,
+                                              int64_t lag) {
+  if (!p.initial.data || id < 0 || id >= p.states || lag >= p.width) return 0.0f;
+  return load_at(p.initial, id, c, p.width - 1 - lag);
+}
+
+// Steps of one run, walked backwards.
+struct ConvCursor {
+  const int* previous;  // of the row, or null
+  int64_t t;
+  int64_t outside = 0;  // how many steps before the run's start
+
+  __device__ __forceinline__ void back() {
+    if (outside > 0) {
+      ++outside;
+      return;
+    }
+    const int64_t before = previous ? previous[t] : t - 1;
+    if (before < 0) {
+      outside = 1;
+    } else {
+      t = before;
+    }
+  }
+};
+
+__device__ __forceinline__ int64_t conv_state_of(const ConvLinks& links, const ConvParams& p,
+                                                 int64_t row, int64_t t) {
+  return links.ids ? links.ids[row * p.length + t] : row;
+}
+__device__ __forceinline__ const int* conv_row(const int* links, int64_t row, int64_t length) {
+  return links ? links + row * length : nullptr;
+}
+
+// bias + sum of the window that ends at step t.
+__device__ __forceinline__ float conv_window(const CudaConvParams& c, int64_t row, int64_t channel,
+                                             int64_t t) {
+  const ConvParams& p = c.p;
+  float sum = conv_bias(p, channel);
+  ConvCursor at{conv_row(c.links.previous, row, p.length), t};
+  const int64_t id = conv_state_of(c.links, p, row, t);
+  for (int64_t j = 0; j < p.width; ++j) {
+    const float v =
+        at.outside ? conv_initial(p, id, channel, at.outside) : load_at(p.x, row, channel, at.t);
+    sum = fmaf(conv_weight(p, channel, p.width - 1 - j), v, sum);
+    if (j + 1 < p.width) at.back();
+  }
+  return sum;
+}
+
+// Elements (row, channel, step) of a tensor laid out like x, neighbouring threads on neighbouring
+// memory.
+struct ConvElement {
+  int64_t row, channel, step;
+  __device__ __forceinline__ ConvElement(const ConvParams& p, int64_t i) {
+    const bool channel_last = p.x.stride[1] == 1 && p.x.stride[2] != 1;
+    const int64_t inner = channel_last ? p.channels : p.length;
+    const int64_t outer = channel_last ? p.length : p.channels;
+    const int64_t a = i % inner, b = i / inner % outer;
+    row = i / inner / outer;
+    channel = channel_last ? a : b, step = channel_last ? b : a;
+  }
+};
+
+// Whether the kernels for widths 2 to 4 with channels innermost (first) or steps innermost (second)
+// serve these tensors.
+inline bool conv_fast_width(const CudaConvParams& c) {
+  return !c.links.previous && c.p.width >= 2 && c.p.width <= kMaxFastWidth;
+}
+inline bool conv_channel_vectors(const TensorArg& t, int n) {
+  const int64_t strides[2] = {t.stride[0], t.stride[2]};
+  return t.stride[1] == 1 && vectors_fit(t.data, t.dtype, n, strides, 2);
+}
+inline bool conv_time_vectors(const TensorArg& t) {
+  return t.stride[2] == 1 && vectors_fit(t.data, t.dtype, kVector, t.stride, 2);
+}
+
+inline const char* conv_launched() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+inline unsigned conv_blocks(int64_t threads) {
+  const int64_t blocks = (threads + kConvThreads - 1) / kConvThreads, most = int64_t{1} << 30;
+  return static_cast<unsigned>(blocks < most ? blocks : most);
+}
+
+}  // namespace mamba

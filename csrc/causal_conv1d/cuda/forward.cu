@@ -1,0 +1,267 @@
+// The convolution's forward, its final states, and the update for a few new inputs.
+#include <cassert>
+
+#include "conv.cuh"
+
+namespace mamba {
+namespace {
+
+// A thread: kForwardSteps steps of eight neighbouring channels, the window in registers.
+template <int W>
+__global__ void __launch_bounds__(kConvThreads)
+    forward_channels_kernel(const __grid_constant__ CudaConvParams c) {
+  constexpr int V = kForwardChannels;
+  const ConvParams& p = c.p;
+  const int64_t vectors = p.channels / V, chunks = (p.length + kForwardSteps - 1) / kForwardSteps;
+  const int64_t i = int64_t{blockIdx.x} * kConvThreads + threadIdx.x;
+  if (i >= vectors * chunks * p.batch) return;
+  const int64_t channel = i % vectors * V, row = i / vectors / chunks;
+  const int64_t start = i / vectors % chunks * kForwardSteps;
+  const int64_t end = min(start + kForwardSteps, p.length);
+  float weight[W][V], bias[V], window[W][V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+#pragma unroll
+    for (int k = 0; k < W; ++k) weight[k][v] = conv_weight(p, channel + v, k);
+    bias[v] = conv_bias(p, channel + v);
+  }
+  const int64_t x_row = row * p.x.stride[0] + channel, out_row = row * p.out.stride[0] + channel;
+#pragma unroll
+  for (int k = 1; k < W; ++k) {
+    const int64_t t = start - W + k;
+    if (t >= 0) {
+      load_aligned<V>(window[k], p.x.data, p.x.dtype, x_row + t * p.x.stride[2]);
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; ++v) window[k][v] = conv_initial(p, row, channel + v, -t);
+    }
+  }
+#pragma unroll 4
+  for (int64_t t = start; t < end; ++t) {
+    float out[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int k = 0; k + 1 < W; ++k) window[k][v] = window[k + 1][v];
+      out[v] = bias[v];
+    }
+    load_aligned<V>(window[W - 1], p.x.data, p.x.dtype, x_row + t * p.x.stride[2]);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int k = W - 1; k >= 0; --k) out[v] = fmaf(weight[k][v], window[k][v], out[v]);
+      if (p.silu) out[v] = conv_silu(out[v]);
+    }
+    store_aligned<V>(out, p.out.data, p.out.dtype, out_row + t * p.out.stride[2]);
+  }
+}
+
+// A thread: eight neighbouring steps of one channel.
+template <int W>
+__global__ void __launch_bounds__(kConvThreads)
+    forward_steps_kernel(const __grid_constant__ CudaConvParams c) {
+  const ConvParams& p = c.p;
+  const int64_t vectors = (p.length + kVector - 1) / kVector;
+  const int64_t i = int64_t{blockIdx.x} * kConvThreads + threadIdx.x;
+  if (i >= vectors * p.channels * p.batch) return;
+  const int64_t start = i % vectors * kVector, channel = i / vectors % p.channels;
+  const int64_t row = i / vectors / p.channels;
+  const int64_t x_row = row * p.x.stride[0] + channel * p.x.stride[1];
+  float window[W - 1 + kVector], out[kVector], weight[W];
+#pragma unroll
+  for (int k = 0; k < W; ++k) weight[k] = conv_weight(p, channel, k);
+#pragma unroll
+  for (int k = 0; k + 1 < W; ++k) {
+    const int64_t t = start - W + 1 + k;
+    window[k] =
+        t >= 0 ? load_float(p.x.data, p.x.dtype, x_row + t) : conv_initial(p, row, channel, -t);
+  }
+  const bool whole = start + kVector <= p.length;
+  float fresh[kVector];
+  if (whole) {
+    load_aligned<kVector>(fresh, p.x.data, p.x.dtype, x_row + start);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      fresh[k] = start + k < p.length ? load_float(p.x.data, p.x.dtype, x_row + start + k) : 0.0f;
+    }
+  }
+  const float bias = conv_bias(p, channel);
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) window[W - 1 + k] = fresh[k];
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    out[k] = bias;
+#pragma unroll
+    for (int j = W - 1; j >= 0; --j) out[k] = fmaf(weight[j], window[k + j], out[k]);
+    if (p.silu) out[k] = conv_silu(out[k]);
+  }
+  const int64_t out_row = row * p.out.stride[0] + channel * p.out.stride[1];
+  if (whole) {
+    store_aligned<kVector>(out, p.out.data, p.out.dtype, out_row + start);
+    return;
+  }
+  for (int k = 0; k < kVector; ++k) {
+    if (start + k < p.length) store_float(p.out.data, p.out.dtype, out_row + start + k, out[k]);
+  }
+}
+
+__global__ void __launch_bounds__(kConvThreads)
+    forward_general_kernel(const __grid_constant__ CudaConvParams c) {
+  const ConvParams& p = c.p;
+  const int64_t size = p.batch * p.channels * p.length, step = int64_t{gridDim.x} * kConvThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kConvThreads + threadIdx.x; i < size; i += step) {
+    const ConvElement e(p, i);
+    float out = 0.0f;
+    if (conv_state_of(c.links, p, e.row, e.step) >= 0) {
+      out = conv_window(c, e.row, e.channel, e.step);
+      if (p.silu) out = conv_silu(out);
+    }
+    store_float(p.out.data, p.out.dtype,
+                e.row * p.out.stride[0] + e.channel * p.out.stride[1] + e.step * p.out.stride[2],
+                out);
+  }
+}
+
+// The last w - 1 inputs of every state: a thread a channel of a state.
+__global__ void __launch_bounds__(kConvThreads)
+    final_states_kernel(const __grid_constant__ CudaConvParams c) {
+  const ConvParams& p = c.p;
+  const int64_t step = int64_t{gridDim.x} * kConvThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kConvThreads + threadIdx.x; i < p.states * p.channels;
+       i += step) {
+    const int64_t state = i / p.channels, channel = i % p.channels;
+    int64_t row = state, t = p.length - 1;
+    if (c.links.last) {
+      const int64_t last = c.links.last[state];
+      row = last < 0 ? 0 : last / p.length, t = last < 0 ? -1 : last % p.length;
+    }
+    ConvCursor at{conv_row(c.links.previous, row, p.length), t};
+    if (t < 0) at.outside = 1;
+    for (int64_t k = p.width - 2; k >= 0; --k) {
+      const float v = at.outside ? conv_initial(p, state, channel, at.outside)
+                                 : load_at(p.x, row, channel, at.t);
+      store_float(p.final.data, p.final.dtype,
+                  state * p.final.stride[0] + channel * p.final.stride[1] + k * p.final.stride[2],
+                  v);
+      at.back();
+    }
+  }
+}
+
+template <int W>
+void forward_fast(const CudaConvParams& c, bool channels, cudaStream_t stream) {
+  const ConvParams& p = c.p;
+  if (channels) {
+    const int64_t chunks = (p.length + kForwardSteps - 1) / kForwardSteps;
+    forward_channels_kernel<W><<<conv_blocks(p.channels / kForwardChannels * chunks * p.batch),
+                                 kConvThreads, 0, stream>>>(c);
+  } else {
+    const int64_t vectors = (p.length + kVector - 1) / kVector;
+    forward_steps_kernel<W>
+        <<<conv_blocks(vectors * p.channels * p.batch), kConvThreads, 0, stream>>>(c);
+  }
+}
+
+__device__ __forceinline__ int64_t integer_at(const void* data, int bytes, int64_t i) {
+  switch (bytes) {
+    case 8:
+      return static_cast<const int64_t*>(data)[i];
+    case 4:
+      return static_cast<const int32_t*>(data)[i];
+    case 2:
+      return static_cast<const int16_t*>(data)[i];
+    case 1:
+      return static_cast<const int8_t*>(data)[i];
+    default:
+      return static_cast<const uint8_t*>(data)[i];
+  }
+}
+
+// A thread: one channel of one row.
+__global__ void __launch_bounds__(kConvThreads)
+    update_kernel(const __grid_constant__ CudaConvUpdateParams c) {
+  const ConvUpdateParams& p = c.p;
+  const int64_t i = int64_t{blockIdx.x} * kConvThreads + threadIdx.x;
+  if (i >= p.batch * p.channels) return;
+  const int64_t row = i / p.channels, channel = i % p.channels;
+  const int64_t state = c.rows ? integer_at(c.rows, c.rows_bytes, row * c.rows_stride) : row;
+  assert(state < c.state_rows && "conv_state_indices names a row that conv_state does not have");
+  const int64_t base = state * p.state.stride[0] + channel * p.state.stride[1];
+  const auto column = [&](int64_t k) { return base + k * p.state.stride[2]; };
+  int64_t start = 0;
+  if (c.start && p.columns > 0) {
+    start = integer_at(c.start, c.start_bytes, row * c.start_stride) % p.columns;
+    if (start < 0) start += p.columns;
+  }
+  const float bias =
+      p.bias.data ? load_float(p.bias.data, p.bias.dtype, channel * p.bias.stride[0]) : 0.0f;
+  for (int64_t t = 0; t < p.length; ++t) {
+    float sum = bias;
+    for (int64_t j = 0; j < p.width && state >= 0; ++j) {
+      // `lag` columns before the first new input.
+      const int64_t lag = j - t;
+      float v;
+      if (lag <= 0) {
+        v = load_at(p.x, row, channel, t - j);
+      } else if (c.start) {
+        v = load_float(p.state.data, p.state.dtype,
+                       column((start - lag % p.columns + p.columns) % p.columns));
+      } else {
+        v = load_float(p.state.data, p.state.dtype, column(p.columns - lag));
+      }
+      sum = fmaf(load_at(p.weight, channel, p.width - 1 - j), v, sum);
+    }
+    if (p.silu) sum = conv_silu(sum);
+    store_float(p.out.data, p.out.dtype, i * p.length + t, state >= 0 ? sum : 0.0f);
+  }
+  if (state < 0) return;
+  if (c.start) {
+    for (int64_t t = p.length > p.columns ? p.length - p.columns : 0; t < p.length; ++t) {
+      store_float(p.state.data, p.state.dtype, column((start + t) % p.columns),
+                  load_at(p.x, row, channel, t));
+    }
+    return;
+  }
+  for (int64_t k = 0; k < p.columns; ++k) {
+    const int64_t from = k + p.length;
+    const float v = from < p.columns ? load_float(p.state.data, p.state.dtype, column(from))
+                                     : load_at(p.x, row, channel, from - p.columns);
+    store_float(p.state.data, p.state.dtype, column(k), v);
+  }
+}
+
+}  // namespace
+
+const char* conv_fwd_cuda(const CudaConvParams& c, void* stream_handle) {
+  const ConvParams& p = c.p;
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  const int64_t size = p.batch * p.channels * p.length;
+  if (size > 0) {
+    const bool channels = p.channels % kForwardChannels == 0 &&
+                          conv_channel_vectors(p.x, kForwardChannels) &&
+                          conv_channel_vectors(p.out, kForwardChannels);
+    const bool steps = conv_time_vectors(p.x) && conv_time_vectors(p.out);
+    if (conv_fast_width(c) && (channels || steps)) {
+      if (p.width == 2) forward_fast<2>(c, channels, stream);
+      if (p.width == 3) forward_fast<3>(c, channels, stream);
+      if (p.width == 4) forward_fast<4>(c, channels, stream);
+    } else {
+      forward_general_kernel<<<conv_blocks(size), kConvThreads, 0, stream>>>(c);
+    }
+  }
+  if (p.states * p.channels * (p.width - 1) > 0) {
+    final_states_kernel<<<conv_blocks(p.states * p.channels), kConvThreads, 0, stream>>>(c);
+  }
+  return conv_launched();
+}
+
+const char* conv_update_cuda(const CudaConvUpdateParams& c, void* stream_handle) {
+  const int64_t threads = c.p.batch * c.p.channels;
+  if (threads == 0) return nullptr;
+  update_kernel<<<conv_blocks(threads), kConvThreads, 0,
+                  static_cast<cudaStream_t>(stream_handle)>>>(c);
+  return conv_launched();
+}
+
+}  // namespace mamba

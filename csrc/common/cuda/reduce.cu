@@ -1,0 +1,42 @@
+#include <cuda_runtime.h>
+
+#include "../cuda_reduce.h"
+
+namespace mamba {
+namespace {
+
+constexpr int kColumns = 32, kParts = 16;  // a block's columns, and how many threads share each
+
+__global__ void __launch_bounds__(kColumns* kParts)
+    sum_rows_kernel(const float* rows, int64_t count, int64_t pitch, int64_t size, float* to,
+                    int64_t offset, float* second) {
+  __shared__ float parts[kParts][kColumns + 1];
+  const int column = threadIdx.x % kColumns, part = threadIdx.x / kColumns;
+  const int64_t i = int64_t{blockIdx.x} * kColumns + column;
+  const float* from = rows + (blockIdx.y ? offset : 0) + i;
+  float sum = 0.0f;
+  if (i < size) {
+#pragma unroll 4
+    for (int64_t row = part; row < count; row += kParts) sum += from[row * pitch];
+  }
+  parts[part][column] = sum;
+  __syncthreads();
+  if (part != 0 || i >= size) return;
+#pragma unroll
+  for (int k = 1; k < kParts; ++k) sum += parts[k][column];
+  (blockIdx.y ? second : to)[i] = sum;
+}
+
+}  // namespace
+
+const char* sum_rows_cuda(const float* rows, int64_t count, int64_t pitch, int64_t size, float* to,
+                          int64_t offset, float* second, void* stream) {
+  if (size == 0) return nullptr;
+  const dim3 grid(static_cast<unsigned>((size + kColumns - 1) / kColumns), second ? 2 : 1);
+  sum_rows_kernel<<<grid, kColumns * kParts, 0, static_cast<cudaStream_t>(stream)>>>(
+      rows, count, pitch, size, to, offset, second);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace mamba
