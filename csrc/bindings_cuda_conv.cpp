@@ -22,9 +22,11 @@ struct Links {
       kept.push_back(torch::stable::new_empty(x, sizes, std::make_optional(type)));
       return kept.back().data_ptr();
     };
-    auto* previous = static_cast<int*>(integers({p.batch, p.length}, ScalarType::Int));
-    auto* following = static_cast<int*>(integers({p.batch, p.length}, ScalarType::Int));
-    auto* last = static_cast<long long*>(integers({p.states}, ScalarType::Long));
+    // At least one element: a null pointer would mean that nothing is packed.
+    const int64_t steps = std::max<int64_t>(1, p.batch * p.length);
+    auto* previous = static_cast<int*>(integers({steps}, ScalarType::Int));
+    auto* following = static_cast<int*>(integers({steps}, ScalarType::Int));
+    auto* last = static_cast<long long*>(integers({std::max<int64_t>(1, p.states)}, ScalarType::Long));
     check_launch(op, conv_links_cuda(p, links.ids, previous, following, last, stream));
     links.previous = previous, links.following = following, links.last = last;
   }

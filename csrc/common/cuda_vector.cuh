@@ -21,11 +21,17 @@ __device__ __forceinline__ uint32_t floats_to_halves(float low, float high, bool
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-// N (4 or 8) elements from an aligned address of memory that the kernel does not write.
+// N (2, 4 or 8) elements from an aligned address of memory that the kernel does not write.
 template <int N>
 __device__ __forceinline__ void load_aligned(float (&v)[N], const void* data, DType dtype,
                                              int64_t offset) {
-  static_assert(N == 4 || N == 8, "a vector holds four or eight elements");
+  static_assert(N == 2 || N == 4 || N == 8, "a vector holds two, four or eight elements");
+  if (N == 2 && dtype == DType::kFloat32) {
+    const float2 two =
+        __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(data) + offset));
+    v[0] = two.x, v[1] = two.y;
+    return;
+  }
   if (dtype == DType::kFloat32) {
     const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(data) + offset);
 #pragma unroll
@@ -41,6 +47,8 @@ __device__ __forceinline__ void load_aligned(float (&v)[N], const void* data, DT
   if constexpr (N == 8) {
     const uint4 eight = __ldg(reinterpret_cast<const uint4*>(from));
     words[0] = eight.x, words[1] = eight.y, words[2] = eight.z, words[3] = eight.w;
+  } else if constexpr (N == 2) {
+    words[0] = __ldg(reinterpret_cast<const uint32_t*>(from));
   } else {
     const uint2 four = __ldg(reinterpret_cast<const uint2*>(from));
     words[0] = four.x, words[1] = four.y;
@@ -55,7 +63,11 @@ __device__ __forceinline__ void load_aligned(float (&v)[N], const void* data, DT
 template <int N>
 __device__ __forceinline__ void store_aligned(const float (&v)[N], void* data, DType dtype,
                                               int64_t offset) {
-  static_assert(N == 4 || N == 8, "a vector holds four or eight elements");
+  static_assert(N == 2 || N == 4 || N == 8, "a vector holds two, four or eight elements");
+  if (N == 2 && dtype == DType::kFloat32) {
+    *reinterpret_cast<float2*>(static_cast<float*>(data) + offset) = make_float2(v[0], v[1]);
+    return;
+  }
   if (dtype == DType::kFloat32) {
     float4* to = reinterpret_cast<float4*>(static_cast<float*>(data) + offset);
 #pragma unroll
@@ -71,6 +83,8 @@ __device__ __forceinline__ void store_aligned(const float (&v)[N], void* data, D
   for (int i = 0; i < N / 2; ++i) words[i] = floats_to_halves(v[2 * i], v[2 * i + 1], bf16);
   if constexpr (N == 8) {
     *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+  } else if constexpr (N == 2) {
+    *reinterpret_cast<uint32_t*>(to) = words[0];
   } else {
     *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
   }

@@ -18,8 +18,8 @@ __device__ __forceinline__ void store_share(float* share, int64_t channels, int 
 
 // A thread: kBackwardSteps steps of four neighbouring channels. It runs w - 1 steps further, for
 // the gradients that its last inputs need.
-template <int W>
-__global__ void __launch_bounds__(kConvThreads, 4)
+template <int W, bool kWide>
+__global__ void __launch_bounds__(kConvThreads, 6)
     backward_channels_kernel(const __grid_constant__ CudaConvParams c) {
   constexpr int V = kBackwardChannels;
   const ConvParams& p = c.p;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kConvThreads, 4)
   for (int k = 1; k < W; ++k) {
     const int64_t t = start - W + k;
     if (t >= 0) {
-      load_aligned<V>(window[k], p.x.data, p.x.dtype, x_row + t * p.x.stride[2]);
+      load_aligned<V>(window[k], p.x.data, conv_dtype<kWide>(p.x), x_row + t * p.x.stride[2]);
     } else {
 #pragma unroll
       for (int v = 0; v < V; ++v) window[k][v] = conv_initial(p, row, channel + v, -t);
@@ -53,8 +53,9 @@ __global__ void __launch_bounds__(kConvThreads, 4)
     const bool exists = t < p.length, own = t < end;
     float x[V] = {}, dout[V] = {};
     if (exists) {
-      load_aligned<V>(x, p.x.data, p.x.dtype, x_row + t * p.x.stride[2]);
-      load_aligned<V>(dout, p.dout.data, p.dout.dtype, dout_row + t * p.dout.stride[2]);
+      load_aligned<V>(x, p.x.data, conv_dtype<kWide>(p.x), x_row + t * p.x.stride[2]);
+      load_aligned<V>(dout, p.dout.data, conv_dtype<kWide>(p.dout),
+                      dout_row + t * p.dout.stride[2]);
     }
     float dx[V];
 #pragma unroll
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kConvThreads, 4)
 #pragma unroll
       for (int v = 0; v < V; ++v) dx[v] += load_at(p.dfinal, row, channel + v, column);
     }
-    store_aligned<V>(dx, p.dx.data, p.dx.dtype, dx_row + at * p.dx.stride[2]);
+    store_aligned<V>(dx, p.dx.data, conv_dtype<kWide>(p.dx), dx_row + at * p.dx.stride[2]);
   }
   float* const share = c.partial + (row * chunks + start / kBackwardSteps) * p.channels * (W + 1);
 #pragma unroll
@@ -92,10 +93,11 @@ __global__ void __launch_bounds__(kConvThreads, 4)
   }
 }
 
+template <bool kWide>
 __device__ __forceinline__ void load_steps(float (&v)[kVector], const TensorArg& t, int64_t row,
                                            int64_t start, int64_t length) {
   if (start + kVector <= length) {
-    load_aligned<kVector>(v, t.data, t.dtype, row + start);
+    load_aligned<kVector>(v, t.data, conv_dtype<kWide>(t), row + start);
     return;
   }
 #pragma unroll
@@ -106,7 +108,7 @@ __device__ __forceinline__ void load_steps(float (&v)[kVector], const TensorArg&
 
 // A warp: one channel of one row, 256 steps at a time from the last to the first; each lane has
 // eight.
-template <int W>
+template <int W, bool kWide>
 __global__ void __launch_bounds__(kConvThreads, 6)
     backward_steps_kernel(const __grid_constant__ CudaConvParams c) {
   constexpr unsigned kAll = 0xffffffffu;
@@ -126,8 +128,8 @@ __global__ void __launch_bounds__(kConvThreads, 6)
   for (int64_t base = (p.length - 1) / kStretch * kStretch; base >= 0; base -= kStretch) {
     const int64_t start = base + lane * kVector;
     float x[W - 1 + kVector], fresh[kVector], dout[kVector], g[kVector + W - 1];
-    load_steps(fresh, p.x, x_row, start, p.length);
-    load_steps(dout, p.dout, dout_row, start, p.length);
+    load_steps<kWide>(fresh, p.x, x_row, start, p.length);
+    load_steps<kWide>(dout, p.dout, dout_row, start, p.length);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) x[W - 1 + k] = fresh[k];
 #pragma unroll
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(kConvThreads, 6)
       }
     }
     if (start + kVector <= p.length) {
-      store_aligned<kVector>(dx, p.dx.data, p.dx.dtype, dx_row + start);
+      store_aligned<kVector>(dx, p.dx.data, conv_dtype<kWide>(p.dx), dx_row + start);
     } else {
       for (int k = 0; k < kVector; ++k) {
         if (start + k < p.length) store_float(p.dx.data, p.dx.dtype, dx_row + start + k, dx[k]);
@@ -333,7 +335,7 @@ enum class Path { kChannels, kSteps, kGeneral };
 
 Path path_of(const CudaConvParams& c) {
   const ConvParams& p = c.p;
-  if (!conv_fast_width(c)) return Path::kGeneral;
+  if (!conv_fast_width(c) || p.dout.dtype != p.x.dtype) return Path::kGeneral;
   const auto channels = [&](const TensorArg& t) {
     return conv_channel_vectors(t, kBackwardChannels);
   };
@@ -344,15 +346,15 @@ Path path_of(const CudaConvParams& c) {
   return steps ? Path::kSteps : Path::kGeneral;
 }
 
-template <int W>
+template <int W, bool kWide>
 void backward_fast(const CudaConvParams& c, Path path, cudaStream_t stream) {
   const ConvParams& p = c.p;
   if (path == Path::kChannels) {
     const int64_t chunks = (p.length + kBackwardSteps - 1) / kBackwardSteps;
     const int64_t threads = p.channels / kBackwardChannels * chunks * p.batch;
-    backward_channels_kernel<W><<<conv_blocks(threads), kConvThreads, 0, stream>>>(c);
+    backward_channels_kernel<W, kWide><<<conv_blocks(threads), kConvThreads, 0, stream>>>(c);
   } else {
-    backward_steps_kernel<W>
+    backward_steps_kernel<W, kWide>
         <<<conv_blocks(p.batch * p.channels * 32), kConvThreads, 0, stream>>>(c);
   }
 }
@@ -379,9 +381,7 @@ const char* conv_bwd_cuda(const CudaConvParams& c, void* stream_handle) {
     dx_kernel<<<conv_blocks(size), kConvThreads, 0, stream>>>(c);
     dweight_kernel<<<conv_blocks(groups * p.channels), kConvThreads, 0, stream>>>(c);
   } else if (size > 0) {
-    if (p.width == 2) backward_fast<2>(c, path, stream);
-    if (p.width == 3) backward_fast<3>(c, path, stream);
-    if (p.width == 4) backward_fast<4>(c, path, stream);
+    MAMBA_CONV_FAST(backward_fast, c, path, stream)
   }
   if (p.dinitial && p.width > 1) {
     const int64_t threads = c.links.previous ? p.channels : p.channels * p.batch;

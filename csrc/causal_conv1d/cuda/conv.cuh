@@ -10,8 +10,10 @@ namespace mamba {
 
 constexpr int kConvThreads = 128;
 constexpr int kMaxFastWidth = 4;
-constexpr int kForwardSteps = 16, kBackwardSteps = 64;  // of a thread with channels innermost
-constexpr int kForwardChannels = 8, kBackwardChannels = 4;
+// A thread with channels innermost: two channels, whose weights it loads at once, and so many
+// steps.
+constexpr int kForwardSteps = 64, kBackwardSteps = 64;
+constexpr int kForwardChannels = 2, kBackwardChannels = 2;
 constexpr int kGeneralSteps = 64;  // whose share of dweight one thread adds up
 
 __device__ __forceinline__ float conv_sigmoid(float v) { return 1.0f / (1.0f + __expf(-v)); }
@@ -79,6 +81,14 @@ __device__ __forceinline__ float conv_window(const CudaConvParams& c, int64_t ro
   return sum;
 }
 
+// The dtype of x and of its like, known to be fp32 or to be one of 16 bits: without a branch
+// between them, loads go out together.
+template <bool kWide>
+__device__ __forceinline__ DType conv_dtype(const TensorArg& t) {
+  if (kWide) return DType::kFloat32;
+  return t.dtype == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
+}
+
 // Elements (row, channel, step) of a tensor laid out like x, neighbouring threads on neighbouring
 // memory.
 struct ConvElement {
@@ -105,6 +115,19 @@ inline bool conv_channel_vectors(const TensorArg& t, int n) {
 inline bool conv_time_vectors(const TensorArg& t) {
   return t.stride[2] == 1 && vectors_fit(t.data, t.dtype, kVector, t.stride, 2);
 }
+
+// fn<width, fp32>(args), for the width and dtype of the convolution c.
+#define MAMBA_CONV_FAST(fn, c, ...)                                      \
+  {                                                                      \
+    const bool wide = (c).p.x.dtype == DType::kFloat32;                  \
+    if ((c).p.width == 2) {                                              \
+      wide ? fn<2, true>(c, __VA_ARGS__) : fn<2, false>(c, __VA_ARGS__); \
+    } else if ((c).p.width == 3) {                                       \
+      wide ? fn<3, true>(c, __VA_ARGS__) : fn<3, false>(c, __VA_ARGS__); \
+    } else {                                                             \
+      wide ? fn<4, true>(c, __VA_ARGS__) : fn<4, false>(c, __VA_ARGS__); \
+    }                                                                    \
+  }
 
 inline const char* conv_launched() {
   const cudaError_t error = cudaGetLastError();

@@ -6,8 +6,8 @@
 namespace mamba {
 namespace {
 
-// A thread: kForwardSteps steps of eight neighbouring channels, the window in registers.
-template <int W>
+// A thread: kForwardSteps steps of neighbouring channels, the window in registers.
+template <int W, bool kWide>
 __global__ void __launch_bounds__(kConvThreads)
     forward_channels_kernel(const __grid_constant__ CudaConvParams c) {
   constexpr int V = kForwardChannels;
@@ -30,13 +30,13 @@ __global__ void __launch_bounds__(kConvThreads)
   for (int k = 1; k < W; ++k) {
     const int64_t t = start - W + k;
     if (t >= 0) {
-      load_aligned<V>(window[k], p.x.data, p.x.dtype, x_row + t * p.x.stride[2]);
+      load_aligned<V>(window[k], p.x.data, conv_dtype<kWide>(p.x), x_row + t * p.x.stride[2]);
     } else {
 #pragma unroll
       for (int v = 0; v < V; ++v) window[k][v] = conv_initial(p, row, channel + v, -t);
     }
   }
-#pragma unroll 4
+#pragma unroll 8
   for (int64_t t = start; t < end; ++t) {
     float out[V];
 #pragma unroll
@@ -45,45 +45,53 @@ __global__ void __launch_bounds__(kConvThreads)
       for (int k = 0; k + 1 < W; ++k) window[k][v] = window[k + 1][v];
       out[v] = bias[v];
     }
-    load_aligned<V>(window[W - 1], p.x.data, p.x.dtype, x_row + t * p.x.stride[2]);
+    load_aligned<V>(window[W - 1], p.x.data, conv_dtype<kWide>(p.x), x_row + t * p.x.stride[2]);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
 #pragma unroll
       for (int k = W - 1; k >= 0; --k) out[v] = fmaf(weight[k][v], window[k][v], out[v]);
       if (p.silu) out[v] = conv_silu(out[v]);
     }
-    store_aligned<V>(out, p.out.data, p.out.dtype, out_row + t * p.out.stride[2]);
+    store_aligned<V>(out, p.out.data, conv_dtype<kWide>(p.out), out_row + t * p.out.stride[2]);
   }
 }
 
 // A thread: eight neighbouring steps of one channel.
-template <int W>
+template <int W, bool kWide>
 __global__ void __launch_bounds__(kConvThreads)
     forward_steps_kernel(const __grid_constant__ CudaConvParams c) {
   const ConvParams& p = c.p;
-  const int64_t vectors = (p.length + kVector - 1) / kVector;
+  const int64_t vectors = (p.length + kVector - 1) / kVector,
+                count = vectors * p.channels * p.batch;
   const int64_t i = int64_t{blockIdx.x} * kConvThreads + threadIdx.x;
-  if (i >= vectors * p.channels * p.batch) return;
-  const int64_t start = i % vectors * kVector, channel = i / vectors % p.channels;
-  const int64_t row = i / vectors / p.channels;
+  // Threads past the end work on the last vector and store nothing: the shuffles need whole warps.
+  const int64_t at = min(i, count - 1);
+  const int64_t start = at % vectors * kVector, channel = at / vectors % p.channels;
+  const int64_t row = at / vectors / p.channels;
   const int64_t x_row = row * p.x.stride[0] + channel * p.x.stride[1];
   float window[W - 1 + kVector], out[kVector], weight[W];
-#pragma unroll
-  for (int k = 0; k < W; ++k) weight[k] = conv_weight(p, channel, k);
-#pragma unroll
-  for (int k = 0; k + 1 < W; ++k) {
-    const int64_t t = start - W + 1 + k;
-    window[k] =
-        t >= 0 ? load_float(p.x.data, p.x.dtype, x_row + t) : conv_initial(p, row, channel, -t);
-  }
   const bool whole = start + kVector <= p.length;
   float fresh[kVector];
   if (whole) {
-    load_aligned<kVector>(fresh, p.x.data, p.x.dtype, x_row + start);
+    load_aligned<kVector>(fresh, p.x.data, conv_dtype<kWide>(p.x), x_row + start);
   } else {
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
       fresh[k] = start + k < p.length ? load_float(p.x.data, p.x.dtype, x_row + start + k) : 0.0f;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < W; ++k) weight[k] = conv_weight(p, channel, k);
+  // The steps before are the last of the left neighbour, unless there is none or it is in another
+  // row.
+  const bool alone = threadIdx.x % 32 == 0 || start == 0 || i >= count;
+#pragma unroll
+  for (int k = 0; k + 1 < W; ++k) {
+    window[k] = __shfl_up_sync(0xffffffffu, fresh[kVector - W + 1 + k], 1);
+    if (alone) {
+      const int64_t t = start - W + 1 + k;
+      window[k] =
+          t >= 0 ? load_float(p.x.data, p.x.dtype, x_row + t) : conv_initial(p, row, channel, -t);
     }
   }
   const float bias = conv_bias(p, channel);
@@ -96,9 +104,10 @@ __global__ void __launch_bounds__(kConvThreads)
     for (int j = W - 1; j >= 0; --j) out[k] = fmaf(weight[j], window[k + j], out[k]);
     if (p.silu) out[k] = conv_silu(out[k]);
   }
+  if (i >= count) return;
   const int64_t out_row = row * p.out.stride[0] + channel * p.out.stride[1];
   if (whole) {
-    store_aligned<kVector>(out, p.out.data, p.out.dtype, out_row + start);
+    store_aligned<kVector>(out, p.out.data, conv_dtype<kWide>(p.out), out_row + start);
     return;
   }
   for (int k = 0; k < kVector; ++k) {
@@ -149,16 +158,17 @@ __global__ void __launch_bounds__(kConvThreads)
   }
 }
 
-template <int W>
+template <int W, bool kWide>
 void forward_fast(const CudaConvParams& c, bool channels, cudaStream_t stream) {
   const ConvParams& p = c.p;
   if (channels) {
     const int64_t chunks = (p.length + kForwardSteps - 1) / kForwardSteps;
-    forward_channels_kernel<W><<<conv_blocks(p.channels / kForwardChannels * chunks * p.batch),
-                                 kConvThreads, 0, stream>>>(c);
+    forward_channels_kernel<W, kWide>
+        <<<conv_blocks(p.channels / kForwardChannels * chunks * p.batch), kConvThreads, 0,
+           stream>>>(c);
   } else {
     const int64_t vectors = (p.length + kVector - 1) / kVector;
-    forward_steps_kernel<W>
+    forward_steps_kernel<W, kWide>
         <<<conv_blocks(vectors * p.channels * p.batch), kConvThreads, 0, stream>>>(c);
   }
 }
@@ -243,9 +253,7 @@ const char* conv_fwd_cuda(const CudaConvParams& c, void* stream_handle) {
                           conv_channel_vectors(p.out, kForwardChannels);
     const bool steps = conv_time_vectors(p.x) && conv_time_vectors(p.out);
     if (conv_fast_width(c) && (channels || steps)) {
-      if (p.width == 2) forward_fast<2>(c, channels, stream);
-      if (p.width == 3) forward_fast<3>(c, channels, stream);
-      if (p.width == 4) forward_fast<4>(c, channels, stream);
+      MAMBA_CONV_FAST(forward_fast, c, channels, stream)
     } else {
       forward_general_kernel<<<conv_blocks(size), kConvThreads, 0, stream>>>(c);
     }

@@ -135,18 +135,22 @@ __global__ void __launch_bounds__(kMaxThreads)
     } else {
       // The second pass keeps the digits that a difference of squares would lose.
       mean = first.x / static_cast<float>(size);
-      squares = 0.0f;
+      squares = total = 0.0f;
 #pragma unroll
       for (int i = 0; i < vectors; ++i) {
-        float (&v)[kVector] = s[kCount ? i : 0];
+        float(&v)[kVector] = s[kCount ? i : 0];
         if constexpr (kCount == 0) load_sum(v, a, row, column_of(i));
 #pragma unroll
         for (int k = 0; k < kVector; ++k) {
           const float centred = column_of(i) + k < size ? v[k] - mean : 0.0f;
-          squares = fmaf(centred, centred, squares);
+          total += centred, squares = fmaf(centred, centred, squares);
         }
       }
-      variance = sums.sum(squares, 0.0f, turn).x / static_cast<float>(size);
+      // What the centred values still sum to is the rounding error of the mean.
+      const float2 second = sums.sum(total, squares, turn);
+      const float error = second.x / static_cast<float>(size);
+      mean += error;
+      variance = fmaxf(second.y / static_cast<float>(size) - error * error, 0.0f);
       turn ^= 1;
     }
     const float rstd = rsqrtf(variance + a.p.eps);
