@@ -19,7 +19,7 @@ __device__ __forceinline__ void store_share(float* share, int64_t channels, int 
 // A thread: kBackwardSteps steps of four neighbouring channels. It runs w - 1 steps further, for
 // the gradients that its last inputs need.
 template <int W, bool kWide>
-__global__ void __launch_bounds__(kConvThreads, 6)
+__global__ void __launch_bounds__(kConvThreads, 5)
     backward_channels_kernel(const __grid_constant__ CudaConvParams c) {
   constexpr int V = kBackwardChannels;
   const ConvParams& p = c.p;
@@ -48,9 +48,7 @@ __global__ void __launch_bounds__(kConvThreads, 6)
       for (int v = 0; v < V; ++v) window[k][v] = conv_initial(p, row, channel + v, -t);
     }
   }
-#pragma unroll 4
-  for (int64_t t = start; t < end + W - 1; ++t) {
-    const bool exists = t < p.length, own = t < end;
+  const auto step = [&](int64_t t, bool exists, bool own) {
     float x[V] = {}, dout[V] = {};
     if (exists) {
       load_aligned<V>(x, p.x.data, conv_dtype<kWide>(p.x), x_row + t * p.x.stride[2]);
@@ -78,14 +76,18 @@ __global__ void __launch_bounds__(kConvThreads, 6)
       }
     }
     const int64_t at = t - (W - 1);
-    if (at < start) continue;
+    if (at < start) return;
     const int64_t column = at - (p.length - (W - 1));
     if (p.dfinal.data && column >= 0) {
 #pragma unroll
       for (int v = 0; v < V; ++v) dx[v] += load_at(p.dfinal, row, channel + v, column);
     }
     store_aligned<V>(dx, p.dx.data, conv_dtype<kWide>(p.dx), dx_row + at * p.dx.stride[2]);
-  }
+  };
+#pragma unroll 4
+  for (int64_t t = start; t < end; ++t) step(t, true, true);
+#pragma unroll
+  for (int k = 0; k + 1 < W; ++k) step(end + k, end + k < p.length, false);
   float* const share = c.partial + (row * chunks + start / kBackwardSteps) * p.channels * (W + 1);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
@@ -109,7 +111,7 @@ __device__ __forceinline__ void load_steps(float (&v)[kVector], const TensorArg&
 // A warp: one channel of one row, 256 steps at a time from the last to the first; each lane has
 // eight.
 template <int W, bool kWide>
-__global__ void __launch_bounds__(kConvThreads, 6)
+__global__ void __launch_bounds__(kConvThreads, 5)
     backward_steps_kernel(const __grid_constant__ CudaConvParams c) {
   constexpr unsigned kAll = 0xffffffffu;
   constexpr int kStretch = 32 * kVector;
