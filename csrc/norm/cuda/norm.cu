@@ -63,23 +63,27 @@ __device__ __forceinline__ void load_columns(float (&v)[kVector], const TensorAr
 // Sums of two values over the block, in an order that depends on its size only. Two buffers, used
 // in turns, save a barrier.
 struct BlockSums {
-  float parts[2][2][kMaxWarps];
-  __device__ __forceinline__ float2 sum(float a, float b, int turn) {
+  float parts[2][3][kMaxWarps];
+  __device__ __forceinline__ float3 sum(float a, float b, float c, int turn) {
 #pragma unroll
     for (int o = 16; o > 0; o /= 2) {
       a += __shfl_xor_sync(0xffffffffu, a, o);
       b += __shfl_xor_sync(0xffffffffu, b, o);
+      c += __shfl_xor_sync(0xffffffffu, c, o);
     }
     const int warps = blockDim.x / 32;
-    if (warps == 1) return {a, b};
+    if (warps == 1) return {a, b, c};
     if (threadIdx.x % 32 == 0) {
       parts[turn][0][threadIdx.x / 32] = a;
       parts[turn][1][threadIdx.x / 32] = b;
+      parts[turn][2][threadIdx.x / 32] = c;
     }
     __syncthreads();
-    a = b = 0.0f;
-    for (int w = 0; w < warps; ++w) a += parts[turn][0][w], b += parts[turn][1][w];
-    return {a, b};
+    a = b = c = 0.0f;
+    for (int w = 0; w < warps; ++w) {
+      a += parts[turn][0][w], b += parts[turn][1][w], c += parts[turn][2][w];
+    }
+    return {a, b, c};
   }
 };
 
@@ -128,7 +132,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (a.residual_out.t.data) store_row(v, a.residual_out, row, column_of(i), size);
     }
     float mean = 0.0f, variance;
-    const float2 first = sums.sum(total, squares, turn);
+    const float3 first = sums.sum(total, squares, 0.0f, turn);
     turn ^= 1;
     if (a.p.is_rms) {
       variance = first.y / static_cast<float>(size);
@@ -138,7 +142,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       squares = total = 0.0f;
 #pragma unroll
       for (int i = 0; i < vectors; ++i) {
-        float(&v)[kVector] = s[kCount ? i : 0];
+        float (&v)[kVector] = s[kCount ? i : 0];
         if constexpr (kCount == 0) load_sum(v, a, row, column_of(i));
 #pragma unroll
         for (int k = 0; k < kVector; ++k) {
@@ -147,7 +151,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         }
       }
       // What the centred values still sum to is the rounding error of the mean.
-      const float2 second = sums.sum(total, squares, turn);
+      const float3 second = sums.sum(total, squares, 0.0f, turn);
       const float error = second.x / static_cast<float>(size);
       mean += error;
       variance = fmaxf(second.y / static_cast<float>(size) - error * error, 0.0f);
@@ -219,7 +223,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const float mean = a.p.is_rms ? 0.0f : a.p.mean[row * a.p.mean_stride];
     const float rstd = a.p.rstd[row * a.p.rstd_stride];
     float xhat[kHeld][kVector], dy[kHeld][kVector];
-    float plain = 0.0f, along = 0.0f;
+    float plain = 0.0f, along = 0.0f, centred = 0.0f;
 #pragma unroll
     for (int i = 0; i < vectors; ++i) {
       const int h = kCount ? i : 0;
@@ -228,7 +232,25 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
       for (int k = 0; k < kVector; ++k) {
         const float weighted = dy[h][k] * weight[h][k];
-        plain += weighted, along = fmaf(weighted, xhat[h][k], along);
+        plain += weighted, along = fmaf(weighted, xhat[h][k], along), centred += xhat[h][k];
+      }
+    }
+    const float3 total = sums.sum(plain, along, centred, turn);
+    turn ^= 1;
+    // What the normed values of a layer norm still sum to is the rounding error of the mean.
+    const float error = a.p.is_rms ? 0.0f : total.z / static_cast<float>(size);
+    const float2 means = {a.p.is_rms ? 0.0f : total.x / static_cast<float>(size),
+                          (total.y - error * total.x) / static_cast<float>(size)};
+#pragma unroll
+    for (int i = 0; i < vectors; ++i) {
+      const int h = kCount ? i : 0;
+      if constexpr (kCount == 0) {
+        load_normed(xhat[0], dy[0], a, row, column_of(i), mean, rstd);
+        load_columns(weight[0], a.p.weight, column_of(i), size, 0.0f);
+      }
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        xhat[h][k] -= error;
         if constexpr (kCount > 0) {
           dweight[h][k] = fmaf(dy[h][k], xhat[h][k], dweight[h][k]);
           dbias[h][k] += dy[h][k];
@@ -236,18 +258,6 @@ __global__ void __launch_bounds__(kMaxThreads)
           share[column_of(i) + k] += dy[h][k] * xhat[h][k];
           share[size + column_of(i) + k] += dy[h][k];
         }
-      }
-    }
-    float2 means = sums.sum(plain, along, turn);
-    turn ^= 1;
-    means.x = a.p.is_rms ? 0.0f : means.x / static_cast<float>(size);
-    means.y /= static_cast<float>(size);
-#pragma unroll
-    for (int i = 0; i < vectors; ++i) {
-      const int h = kCount ? i : 0;
-      if constexpr (kCount == 0) {
-        load_normed(xhat[0], dy[0], a, row, column_of(i), mean, rstd);
-        load_columns(weight[0], a.p.weight, column_of(i), size, 0.0f);
       }
       store_dx(xhat[h], dy[h], weight[h], a, row, column_of(i), means, rstd);
     }
