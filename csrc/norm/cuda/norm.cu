@@ -64,12 +64,13 @@ __device__ __forceinline__ void load_columns(float (&v)[kVector], const TensorAr
 // in turns, save a barrier.
 struct BlockSums {
   float parts[2][3][kMaxWarps];
-  __device__ __forceinline__ float3 sum(float a, float b, float c, int turn) {
+  // `third`: whether c counts; the same for the whole block.
+  __device__ __forceinline__ float3 sum(float a, float b, float c, bool third, int turn) {
 #pragma unroll
     for (int o = 16; o > 0; o /= 2) {
       a += __shfl_xor_sync(0xffffffffu, a, o);
       b += __shfl_xor_sync(0xffffffffu, b, o);
-      c += __shfl_xor_sync(0xffffffffu, c, o);
+      if (third) c += __shfl_xor_sync(0xffffffffu, c, o);
     }
     const int warps = blockDim.x / 32;
     if (warps == 1) return {a, b, c};
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (a.residual_out.t.data) store_row(v, a.residual_out, row, column_of(i), size);
     }
     float mean = 0.0f, variance;
-    const float3 first = sums.sum(total, squares, 0.0f, turn);
+    const float3 first = sums.sum(total, squares, 0.0f, false, turn);
     turn ^= 1;
     if (a.p.is_rms) {
       variance = first.y / static_cast<float>(size);
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         }
       }
       // What the centred values still sum to is the rounding error of the mean.
-      const float3 second = sums.sum(total, squares, 0.0f, turn);
+      const float3 second = sums.sum(total, squares, 0.0f, false, turn);
       const float error = second.x / static_cast<float>(size);
       mean += error;
       variance = fmaxf(second.y / static_cast<float>(size) - error * error, 0.0f);
@@ -233,9 +234,13 @@ __global__ void __launch_bounds__(kMaxThreads)
       for (int k = 0; k < kVector; ++k) {
         const float weighted = dy[h][k] * weight[h][k];
         plain += weighted, along = fmaf(weighted, xhat[h][k], along), centred += xhat[h][k];
+        if constexpr (kCount > 0) {
+          dweight[h][k] = fmaf(dy[h][k], xhat[h][k], dweight[h][k]);
+          dbias[h][k] += dy[h][k];
+        }
       }
     }
-    const float3 total = sums.sum(plain, along, centred, turn);
+    const float3 total = sums.sum(plain, along, centred, !a.p.is_rms, turn);
     turn ^= 1;
     // What the normed values of a layer norm still sum to is the rounding error of the mean.
     const float error = a.p.is_rms ? 0.0f : total.z / static_cast<float>(size);
@@ -250,10 +255,9 @@ __global__ void __launch_bounds__(kMaxThreads)
       }
 #pragma unroll
       for (int k = 0; k < kVector; ++k) {
-        xhat[h][k] -= error;
+        if (!a.p.is_rms) xhat[h][k] -= error;
         if constexpr (kCount > 0) {
-          dweight[h][k] = fmaf(dy[h][k], xhat[h][k], dweight[h][k]);
-          dbias[h][k] += dy[h][k];
+          if (!a.p.is_rms) dweight[h][k] = fmaf(dy[h][k], -error, dweight[h][k]);
         } else if (column_of(i) + k < size) {
           share[column_of(i) + k] += dy[h][k] * xhat[h][k];
           share[size + column_of(i) + k] += dy[h][k];
