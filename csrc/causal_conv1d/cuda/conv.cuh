@@ -16,7 +16,9 @@ constexpr int kForwardSteps = 64, kBackwardSteps = 64;
 constexpr int kForwardChannels = 2, kBackwardChannels = 2;
 constexpr int kGeneralSteps = 64;  // whose share of dweight one thread adds up
 
-__device__ __forceinline__ float conv_sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }
+__device__ __forceinline__ float conv_sigmoid(float v) {
+  return __fdividef(1.0f, 1.0f + __expf(-v));
+}
 __device__ __forceinline__ float conv_silu(float v) { return v * conv_sigmoid(v); }
 __device__ __forceinline__ float conv_dsilu(float v) {
   const float s = conv_sigmoid(v);
