@@ -26,7 +26,8 @@ struct Links {
     const int64_t steps = std::max<int64_t>(1, p.batch * p.length);
     auto* previous = static_cast<int*>(integers({steps}, ScalarType::Int));
     auto* following = static_cast<int*>(integers({steps}, ScalarType::Int));
-    auto* last = static_cast<long long*>(integers({std::max<int64_t>(1, p.states)}, ScalarType::Long));
+    auto* last =
+        static_cast<long long*>(integers({std::max<int64_t>(1, p.states)}, ScalarType::Long));
     check_launch(op, conv_links_cuda(p, links.ids, previous, following, last, stream));
     links.previous = previous, links.following = following, links.last = last;
   }
