@@ -45,7 +45,8 @@ class DtProjection(nn.Linear):
         else:
             nn.init.uniform_(self.weight, -std, std)
         # Drawn in the parameter's dtype (that fixes the random stream), computed in fp32 or better.
-        draw = torch.rand(self.out_features, device=self.bias.device, dtype=self.bias.dtype)
+        # rand_like: the bias may be sharded (a DTensor).
+        draw = torch.rand_like(self.bias, requires_grad=False)
         draw = draw if draw.dtype == torch.float64 else draw.float()
         low, high = math.log(self.dt_min), math.log(self.dt_max)
         dt = torch.exp(draw * (high - low) + low).clamp(min=self.dt_init_floor)

@@ -73,6 +73,9 @@ class Mamba(nn.Module):
     Raises TypeError, ValueError or (unknown dt_init) NotImplementedError for bad arguments.
     """
 
+    # What `param_groups` exempts, also where a framework (FSDP) made parameters without the mark.
+    _no_weight_decay_names = ("A_log", "D")
+
     def __init__(
         self,
         d_model: int,
@@ -139,8 +142,9 @@ class Mamba(nn.Module):
     def _reset_state_space(self) -> None:
         with torch.no_grad():
             # S4D-real: every channel's state starts with the decays −1, −2, …, −n.
-            row = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.A_log.device)
-            self.A_log.copy_(torch.log(row).expand(self.d_inner, -1))
+            # Counted in place of A_log itself, which may be sharded (a DTensor).
+            self.A_log.fill_(1.0)
+            self.A_log.copy_(self.A_log.cumsum(dim=1).log())
             self.D.fill_(1.0)
         self._mark_parameters()
 
@@ -159,7 +163,8 @@ class Mamba(nn.Module):
 
     def _mark_parameters(self) -> None:
         # Moving, copying and loading make new Parameter objects without the old ones' attributes.
-        for parameter in (self._parameters.get("A_log"), self._parameters.get("D")):
+        for name in self._no_weight_decay_names:
+            parameter = self._parameters.get(name)
             if parameter is not None:
                 parameter._no_weight_decay = True
 
