@@ -35,7 +35,7 @@ def _checked(u, delta, A, B, C, D, z, delta_bias) -> None:
 
 def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     op = backend.resolve("_selective_scan_fwd", u.device.type, u.dtype)
-    chunk = min(_KEPT_EVERY, chunk_size_for(u.shape[2], op))
+    chunk = min(_KEPT_EVERY, chunk_size_for(u.shape[2], op, u.device.type))
     arguments = (
         u, delta, A, *same_groups(B, C), D, z, delta_bias, delta_softplus, None, None, u.shape[0],
         chunk,
