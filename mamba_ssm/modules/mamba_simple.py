@@ -443,6 +443,8 @@ class Mamba(nn.Module):
         not matter, the state has a fixed size.
         """
         conv, dt = self.conv1d.weight, self.dt_proj.weight
+        if not dt.is_floating_point():  # quantised, but not what it computes
+            dt = conv
         shape = (batch_size, self.d_inner)
         return (
             torch.zeros(*shape, self.d_conv, device=conv.device, dtype=dtype or conv.dtype),

@@ -382,7 +382,10 @@ class MHA(nn.Module):
         """Zeros: kv (b, max_seqlen, 2, nkv, hd), conv (b, conv_dim, d_conv) or None, and
         lengths (b,) int32, how many slots each row uses (rows differ when prompts are padded)."""
         weight = self.out_proj.weight
-        dtype, device = dtype or weight.dtype, weight.device
+        if dtype is None:  # a quantised layer's weight has a dtype that it does not compute in
+            floats = (p.dtype for p in (weight, *self.parameters()) if p.is_floating_point())
+            dtype = next(floats, torch.float32)
+        device = weight.device
         shape = (batch_size, max_seqlen, 2, self.num_heads_kv, self.head_dim)
         conv = None
         if self.d_conv > 0:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from mamba_ssm.ops.client_layers import is_plain
 from mamba_ssm.ops.packing import seq_idx_from_cu_seqlens, seq_idx_from_mask
 
 
@@ -109,23 +110,6 @@ def oldest_input(
     count = (ends - starts).clamp(max=width - 1)
     from_cache = cache.to(x.dtype).gather(2, count[:, None, None].expand(-1, dim, 1)).squeeze(2)
     return torch.where((ends - starts >= width)[:, None], from_x, from_cache)
-
-
-def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether reading ``module.weight`` does exactly what calling the module does.
-
-    Not so for LoRA and other replacements, quantised weights (another module type, or a tensor
-    subclass), hooks, parametrizations and an overridden ``forward``.
-    """
-    return (
-        type(module) in kinds
-        and type(module.weight) in (nn.Parameter, torch.Tensor)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
-    )
 
 
 def causal_convolution(

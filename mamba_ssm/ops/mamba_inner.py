@@ -18,6 +18,7 @@ from ._autograd import differentiable_backward, needs_grad, transformed, wants_d
 from ._checks import check_device, check_dtype, check_shape
 from .causal_conv1d import causal_conv1d_ref
 from .chunking import chunk_size_for
+from .client_layers import check_calling_mixer
 from .dtypes import accumulate_dtype
 from .mamba_inner_steps import (
     Args,
@@ -303,7 +304,11 @@ def mamba_inner_fn(
     Raises:
         ValueError: shapes or devices that do not belong together.
         TypeError: dtypes that do not.
+        RuntimeError: the weights are those of a client's replaced layers (an adapter, say), which
+            would be left out.
     """
+    if not torch.compiler.is_compiling():
+        check_calling_mixer()
     tensors = (
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight,
         out_proj_bias, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias, b_rms_weight, c_rms_weight,
