@@ -439,12 +439,10 @@ class Mamba(nn.Module):
     ) -> State:
         """Zeros: conv (b, d_inner, d_conv) and ssm (b, d_inner, d_state).
 
-        Their dtypes are conv1d's and dt_proj's unless ``dtype`` says otherwise; max_seqlen does
-        not matter, the state has a fixed size.
+        Their dtypes are conv1d's and dt_proj's unless ``dtype`` says otherwise; max_seqlen is ignored.
         """
         conv, dt = self.conv1d.weight, self.dt_proj.weight
-        if not dt.is_floating_point():  # quantised, but not what it computes
-            dt = conv
+        dt = dt if dt.is_floating_point() else conv  # a quantised layer computes in another dtype
         shape = (batch_size, self.d_inner)
         return (
             torch.zeros(*shape, self.d_conv, device=conv.device, dtype=dtype or conv.dtype),
