@@ -16,7 +16,7 @@ INSTALL := MAMBA_SSM_BUILD_DEVICES=$(DEVICES) $(PIP) --no-build-isolation
 SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test build cuda sanitize bench lint format wheel clean
+.PHONY: demo test build cuda docs sanitize bench lint format wheel clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.torch:
@@ -66,6 +66,14 @@ sanitize: $(VENV)/.dev
 
 bench: $(VENV)/.dev $(VENV)/.kernels
 	$(BIN)/python benchmarks/benchmark_generation_mamba_simple.py --promptlen 100 --genlen 100
+
+# The documentation's site in build/site; any warning fails it.
+$(VENV)/.docs: $(VENV)/.package
+	$(INSTALL) -e ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
