@@ -1,4 +1,4 @@
-"""The pages of docs/: their code runs, links and quoted messages are real, the site has them all."""
+"""The pages of docs/: code runs, links and quoted messages are real, the site has them all."""
 
 from __future__ import annotations
 

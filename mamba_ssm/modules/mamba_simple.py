@@ -439,7 +439,8 @@ class Mamba(nn.Module):
     ) -> State:
         """Zeros: conv (b, d_inner, d_conv) and ssm (b, d_inner, d_state).
 
-        Their dtypes are conv1d's and dt_proj's unless ``dtype`` says otherwise; max_seqlen is ignored.
+        Their dtypes are conv1d's and dt_proj's unless ``dtype`` says otherwise; max_seqlen is
+        ignored.
         """
         conv, dt = self.conv1d.weight, self.dt_proj.weight
         dt = dt if dt.is_floating_point() else conv  # a quantised layer computes in another dtype
