@@ -59,7 +59,7 @@ def run_with_grads(
     seeds = []
     for i, out in enumerate(outputs):
         generator = torch.Generator().manual_seed(100 + i)
-        seeds.append(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype))
+        seeds.append(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out))
     torch.autograd.backward(outputs, seeds)
     results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
     results |= {f"grad of input {i}": t.grad for i, t in enumerate(leaves)}

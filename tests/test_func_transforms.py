@@ -211,3 +211,21 @@ def test_second_derivatives_on_native_are_refused(model, ids):
             backends.BackendError, match=r"differentiated again is served by the reference"
         ):
             torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+
+
+@quiet
+def test_a_transform_inside_a_graph_is_refused_or_left_outside_it(model, ids):
+    """Traced as they are, the fused functions would give wrong gradients there, silently."""
+    parameters = parameters_of(model)
+    expected = grad(lambda p: loss_of(model, p, ids))(parameters)
+
+    def gradient(parameters):
+        return grad(lambda p: loss_of(model, p, ids))(parameters)
+
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="leave the transform outside"):
+        torch.compile(gradient, backend="aot_eager", fullgraph=True)(parameters)
+    torch._dynamo.reset()
+    for name, value in torch.compile(gradient, backend="aot_eager")(parameters).items():
+        assert_same(value, expected[name], name)
+    torch._dynamo.reset()

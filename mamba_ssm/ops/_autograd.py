@@ -19,14 +19,30 @@ def wants_double_backward() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def transforms_active() -> bool:
+    """Whether a transform of torch.func is active here."""
+    return torch._C._are_functorch_transforms_active()
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: a graph asks
+# while it is traced. A fused function in a transform in a graph would give wrong gradients.
+transforms_active._dynamo_marked_constant = True
+
+
 def transformed(what: str) -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp, ...) is active: plain ops serve ``what``.
 
-    Says so once. Raises BackendError where a compiled backend was chosen explicitly.
+    Says so once. Raises BackendError where a compiled backend was chosen explicitly, and
+    NotImplementedError where a transform is traced by torch.compile.
     """
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if not transforms_active():
         return False
     backend.only_reference(f"{what} inside a torch.func transform (grad, vmap, jvp, ...)")
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{what} is inside a torch.func transform (grad, vmap, jvp, ...) inside torch.compile, "
+            "which is not supported: leave the transform outside the compiled function"
+        )
     backend.warn_once(
         "torch.func",
         f"{what} runs inside a torch.func transform (grad, vmap, jvp, ...): there mamba_ssm uses "
