@@ -32,29 +32,14 @@ __global__ void __launch_bounds__(kConvThreads, 5)
   const int64_t x_row = row * p.x.stride[0] + channel, dx_row = row * p.dx.stride[0] + channel;
   const int64_t dout_row = row * p.dout.stride[0] + channel;
   float weight[W][V], bias[V], window[W][V], g[W][V] = {}, dweight[V][W] = {}, dbias[V] = {};
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-#pragma unroll
-    for (int k = 0; k < W; ++k) weight[k][v] = conv_weight(p, channel + v, k);
-    bias[v] = conv_bias(p, channel + v);
-  }
-#pragma unroll
-  for (int k = 1; k < W; ++k) {
-    const int64_t t = start - W + k;
-    if (t >= 0) {
-      load_aligned<V>(window[k], p.x.data, conv_dtype<kWide>(p.x), x_row + t * p.x.stride[2]);
-    } else {
-#pragma unroll
-      for (int v = 0; v < V; ++v) window[k][v] = conv_initial(p, row, channel + v, -t);
-    }
-  }
-  const auto step = [&](int64_t t, bool exists, bool own) {
-    float x[V] = {}, dout[V] = {};
-    if (exists) {
-      load_aligned<V>(x, p.x.data, conv_dtype<kWide>(p.x), x_row + t * p.x.stride[2]);
-      load_aligned<V>(dout, p.dout.data, conv_dtype<kWide>(p.dout),
-                      dout_row + t * p.dout.stride[2]);
-    }
+  load_weights<W, V>(p, channel, weight, bias);
+  load_window<W, V, kWide>(p, row, channel, start, window);
+  const auto load = [&](float (&x)[V], float (&dout)[V], int64_t t) {
+    load_aligned<V>(x, p.x.data, conv_dtype<kWide>(p.x), x_row + t * p.x.stride[2]);
+    load_aligned<V>(dout, p.dout.data, conv_dtype<kWide>(p.dout), dout_row + t * p.dout.stride[2]);
+  };
+  const auto step = [&](const float (&x)[V], const float (&dout)[V], int64_t t, bool exists,
+                        bool own) {
     float dx[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -84,10 +69,26 @@ __global__ void __launch_bounds__(kConvThreads, 5)
     }
     store_aligned<V>(dx, p.dx.data, conv_dtype<kWide>(p.dx), dx_row + at * p.dx.stride[2]);
   };
-#pragma unroll 4
-  for (int64_t t = start; t < end; ++t) step(t, true, true);
+  int64_t t = start;
+  for (; t + kBackwardBatch <= end; t += kBackwardBatch) {
+    float x[kBackwardBatch][V], dout[kBackwardBatch][V];
 #pragma unroll
-  for (int k = 0; k + 1 < W; ++k) step(end + k, end + k < p.length, false);
+    for (int k = 0; k < kBackwardBatch; ++k) load(x[k], dout[k], t + k);
+#pragma unroll
+    for (int k = 0; k < kBackwardBatch; ++k) step(x[k], dout[k], t + k, true, true);
+  }
+  for (; t < end; ++t) {
+    float x[V], dout[V];
+    load(x, dout, t);
+    step(x, dout, t, true, true);
+  }
+#pragma unroll
+  for (int k = 0; k + 1 < W; ++k) {
+    float x[V] = {}, dout[V] = {};
+    const bool exists = end + k < p.length;
+    if (exists) load(x, dout, end + k);
+    step(x, dout, end + k, exists, false);
+  }
   float* const share = c.partial + (row * chunks + start / kBackwardSteps) * p.channels * (W + 1);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
@@ -124,8 +125,8 @@ __global__ void __launch_bounds__(kConvThreads, 5)
   const int64_t dout_row = row * p.dout.stride[0] + channel * p.dout.stride[1];
   const int64_t dx_row = row * p.dx.stride[0] + channel * p.dx.stride[1];
   float weight[W], dweight[W] = {}, dbias = 0.0f, later[W - 1] = {};
-#pragma unroll
-  for (int k = 0; k < W; ++k) weight[k] = conv_weight(p, channel, k);
+  load_strided<W>(weight, p.weight.data, p.weight.dtype, channel * p.weight.stride[0],
+                  p.weight.stride[1]);
   const float bias = conv_bias(p, channel);
   for (int64_t base = (p.length - 1) / kStretch * kStretch; base >= 0; base -= kStretch) {
     const int64_t start = base + lane * kVector;

@@ -14,6 +14,7 @@ constexpr int kMaxFastWidth = 4;
 // steps.
 constexpr int kForwardSteps = 64, kBackwardSteps = 64;
 constexpr int kForwardChannels = 2, kBackwardChannels = 2;
+constexpr int kBackwardBatch = 8;  // steps whose loads go out together
 constexpr int kGeneralSteps = 64;  // whose share of dweight one thread adds up
 
 __device__ __forceinline__ float conv_sigmoid(float v) {
@@ -30,6 +31,51 @@ __device__ __forceinline__ float conv_weight(const ConvParams& p, int64_t c, int
 }
 __device__ __forceinline__ float conv_bias(const ConvParams& p, int64_t c) {
   return p.bias.data ? load_float(p.bias.data, p.bias.dtype, c * p.bias.stride[0]) : 0.0f;
+}
+
+// n elements at data[i * stride]; the dtype is looked at once, so that the loads go out together.
+template <int N>
+__device__ __forceinline__ void load_strided(float (&v)[N], const void* data, DType dtype,
+                                             int64_t offset, int64_t stride) {
+  const auto all = [&](DType known) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = load_float(data, known, offset + i * stride);
+  };
+  if (dtype == DType::kFloat32) {
+    all(DType::kFloat32);
+  } else if (dtype == DType::kBFloat16) {
+    all(DType::kBFloat16);
+  } else {
+    all(DType::kFloat16);
+  }
+}
+
+// Weights and biases of V neighbouring channels.
+template <int W, int V>
+__device__ __forceinline__ void load_weights(const ConvParams& p, int64_t channel,
+                                             float (&weight)[W][V], float (&bias)[V]) {
+  float flat[W * V];
+  const auto all = [&](DType known) {
+#pragma unroll
+    for (int i = 0; i < W * V; ++i) {
+      const int64_t at = (channel + i / W) * p.weight.stride[0] + i % W * p.weight.stride[1];
+      flat[i] = load_float(p.weight.data, known, at);
+    }
+  };
+#pragma unroll
+  for (int v = 0; v < V; ++v) bias[v] = 0.0f;
+  if (p.bias.data) {
+    load_strided<V>(bias, p.bias.data, p.bias.dtype, channel * p.bias.stride[0], p.bias.stride[0]);
+  }
+  if (p.weight.dtype == DType::kFloat32) {
+    all(DType::kFloat32);
+  } else if (p.weight.dtype == DType::kBFloat16) {
+    all(DType::kBFloat16);
+  } else {
+    all(DType::kFloat16);
+  }
+#pragma unroll
+  for (int i = 0; i < W * V; ++i) weight[i % W][i / W] = flat[i];
 }
 
 // The input `lag` steps before the start of a run of state `id`; 1 is the newest.
@@ -89,6 +135,30 @@ template <bool kWide>
 __device__ __forceinline__ DType conv_dtype(const TensorArg& t) {
   if (kWide) return DType::kFloat32;
   return t.dtype == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
+}
+
+// The W - 1 inputs before step `start` of V neighbouring channels, as window[1 ... W - 1].
+template <int W, int V, bool kWide>
+__device__ __forceinline__ void load_window(const ConvParams& p, int64_t row, int64_t channel,
+                                            int64_t start, float (&window)[W][V]) {
+  const int64_t x_row = row * p.x.stride[0] + channel;
+  if (start >= W - 1) {
+#pragma unroll
+    for (int k = 1; k < W; ++k) {
+      load_aligned<V>(window[k], p.x.data, conv_dtype<kWide>(p.x),
+                      x_row + (start - W + k) * p.x.stride[2]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 1; k < W; ++k) {
+    const int64_t t = start - W + k;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      window[k][v] =
+          t >= 0 ? load_at(p.x, row, channel + v, t) : conv_initial(p, row, channel + v, -t);
+    }
+  }
 }
 
 // Elements (row, channel, step) of a tensor laid out like x, neighbouring threads on neighbouring

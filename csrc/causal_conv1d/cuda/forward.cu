@@ -19,23 +19,9 @@ __global__ void __launch_bounds__(kConvThreads)
   const int64_t start = i / vectors % chunks * kForwardSteps;
   const int64_t end = min(start + kForwardSteps, p.length);
   float weight[W][V], bias[V], window[W][V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-#pragma unroll
-    for (int k = 0; k < W; ++k) weight[k][v] = conv_weight(p, channel + v, k);
-    bias[v] = conv_bias(p, channel + v);
-  }
+  load_weights<W, V>(p, channel, weight, bias);
   const int64_t x_row = row * p.x.stride[0] + channel, out_row = row * p.out.stride[0] + channel;
-#pragma unroll
-  for (int k = 1; k < W; ++k) {
-    const int64_t t = start - W + k;
-    if (t >= 0) {
-      load_aligned<V>(window[k], p.x.data, conv_dtype<kWide>(p.x), x_row + t * p.x.stride[2]);
-    } else {
-#pragma unroll
-      for (int v = 0; v < V; ++v) window[k][v] = conv_initial(p, row, channel + v, -t);
-    }
-  }
+  load_window<W, V, kWide>(p, row, channel, start, window);
 #pragma unroll 8
   for (int64_t t = start; t < end; ++t) {
     float out[V];
@@ -80,8 +66,8 @@ __global__ void __launch_bounds__(kConvThreads)
       fresh[k] = start + k < p.length ? load_float(p.x.data, p.x.dtype, x_row + start + k) : 0.0f;
     }
   }
-#pragma unroll
-  for (int k = 0; k < W; ++k) weight[k] = conv_weight(p, channel, k);
+  load_strided<W>(weight, p.weight.data, p.weight.dtype, channel * p.weight.stride[0],
+                  p.weight.stride[1]);
   // The steps before are the last of the left neighbour, unless there is none or it is in another
   // row.
   const bool alone = threadIdx.x % 32 == 0 || start == 0 || i >= count;
