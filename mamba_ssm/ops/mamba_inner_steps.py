@@ -143,7 +143,8 @@ def _projections_backward(
     d_delta_proj = None
     if ctx.needs_input_grad[4]:
         d_delta_proj = _weight_gradient(d_rows, x_dbl[..., :rank].flatten(0, 1), weight_like)
-    parts, biases, norms = [d_rows @ args.delta_proj], [None, None], [None, None]
+    biases, norms = [None, None], [None, None]
+    parts = [(d_rows @ args.delta_proj).view(*x_dbl.shape[:2], rank)]
     for i, (grad, bias, weight) in enumerate(
         ((dB, args.B_bias, args.b_rms), (dC, args.C_bias, args.c_rms))
     ):
@@ -153,8 +154,8 @@ def _projections_backward(
         d_raw, norms[i] = _rms_rows_backward(grad.squeeze(1).transpose(1, 2), raw, weight, ctx.eps)
         if bias is not None:
             biases[i] = d_raw.sum(dim=(0, 1), dtype=accumulate_dtype(d_raw))
-        parts.append(d_raw.flatten(0, 1))
-    return torch.cat(parts, dim=-1), d_delta_proj, biases, norms, d_dt_rms
+        parts.append(d_raw)
+    return torch.cat(parts, dim=-1).flatten(0, 1), d_delta_proj, biases, norms, d_dt_rms
 
 
 def _add_product(du: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
