@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import assert_close_to_oracle, assert_matches, evaluate, to_double
@@ -29,6 +31,17 @@ def _ref(**inputs):
 @pytest.mark.parametrize("name", CASES)
 def test_table(name, device, backend):
     assert_matches(_fn, _ref, make_inputs(CASES[name], device))
+
+
+@pytest.mark.parametrize("n", [2, 5, 20])
+def test_nothing_is_left_of_what_ran_before(n, device, backend):
+    # On a GPU a block's shared memory still holds the last kernel's B and C, here NaN; n states do
+    # not fill what the kernel stages at once. Rows of 64 steps are copied whole.
+    before = make_inputs(replace(BASE, b=8, d=2048, length=64), device)
+    for name in ("B", "C"):
+        before[name] = torch.full_like(before[name], float("nan"))
+    _fn(**before)
+    assert_matches(_fn, _ref, make_inputs(replace(BASE, length=64, n=n), device))
 
 
 @pytest.mark.parametrize("name", ["initial state", "packed, groups", "constant B", "l=257"])

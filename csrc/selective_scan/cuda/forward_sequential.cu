@@ -60,12 +60,14 @@ struct Quad {
       v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
     }
   }
-  // What does not exist becomes 0.
-  __device__ __forceinline__ void mask(int steps, const int* before) {
+  // What does not exist becomes 0: also states, whose rows nothing was copied into, since lanes
+  // walk all the states of their block.
+  __device__ __forceinline__ void mask(int steps, int states, const int* before) {
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const int step = kByState ? t : t + q;
-      const bool exists = step < steps && !(before && before[step] == CudaScanEvents::kPadding);
+      const int step = kByState ? t : t + q, state = kByState ? n + q : n;
+      const bool exists =
+          step < steps && state < states && !(before && before[step] == CudaScanEvents::kPadding);
       v[q] = exists ? v[q] : 0.0f;
     }
   }
@@ -84,7 +86,7 @@ struct Quad {
 // so that latencies overlap.
 template <int kSize, bool kByState>
 __device__ __forceinline__ void convert_rows(float* to, const char* tile, bool bf16, int steps,
-                                             const int* before) {
+                                             int states, const int* before) {
   constexpr int kCount = Shape::kStates * kSteps / 4 / Shape::kThreads;
   Quad<kSize, kByState> quads[kCount];
 #pragma unroll
@@ -92,9 +94,9 @@ __device__ __forceinline__ void convert_rows(float* to, const char* tile, bool b
     quads[k].place(threadIdx.x + k * Shape::kThreads);
     quads[k].read(tile, bf16);
   }
-  if (steps < kSteps || before) {
+  if (steps < kSteps || states < Shape::kStates || before) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) quads[k].mask(steps, before);
+    for (int k = 0; k < kCount; ++k) quads[k].mask(steps, states, before);
   }
 #pragma unroll
   for (int k = 0; k < kCount; ++k) quads[k].write(to);
@@ -102,18 +104,18 @@ __device__ __forceinline__ void convert_rows(float* to, const char* tile, bool b
 
 template <class K>
 __device__ __forceinline__ void convert_rows(float* to, const char* tile, const TileSource& s,
-                                             int steps, const int* before) {
+                                             int steps, int states, const int* before) {
   const bool bf16 = K::dtype(s) == DType::kBFloat16, by_state = K::order(s) == TileOrder::kChannel;
   if (K::size(s) == 4) {
     if (by_state) {
-      convert_rows<4, true>(to, tile, bf16, steps, before);
+      convert_rows<4, true>(to, tile, bf16, steps, states, before);
     } else {
-      convert_rows<4, false>(to, tile, bf16, steps, before);
+      convert_rows<4, false>(to, tile, bf16, steps, states, before);
     }
   } else if (by_state) {
-    convert_rows<2, true>(to, tile, bf16, steps, before);
+    convert_rows<2, true>(to, tile, bf16, steps, states, before);
   } else {
-    convert_rows<2, false>(to, tile, bf16, steps, before);
+    convert_rows<2, false>(to, tile, bf16, steps, states, before);
   }
 }
 
@@ -251,10 +253,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       const int* const before = kGeneral && seen ? seen->before : nullptr;
       float* const projections = words(m.projections);
       if (!kGeneral || !a.p.constant_B) {
-        convert_rows<K>(projections, smem + m.B_raw, a.B, exist, before);
+        convert_rows<K>(projections, smem + m.B_raw, a.B, exist, n - first, before);
       }
       if (!kGeneral || !a.p.constant_C) {
-        convert_rows<K>(projections + Shape::kStates, smem + m.C_raw, a.C, exist, before);
+        convert_rows<K>(projections + Shape::kStates, smem + m.C_raw, a.C, exist, n - first,
+                        before);
       }
       __syncthreads();
       const bool last = first + kBlock >= n;
