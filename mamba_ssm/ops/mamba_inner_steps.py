@@ -178,6 +178,8 @@ def inner_backward(ctx: Any, saved: list[Tensor | None], dout: Tensor) -> tuple:
     args = flat_conv(given)._replace(x_proj=x_proj, delta_proj=delta_proj, out_proj=out_proj)
     x = args.xz.chunk(2, dim=1)[0]
     b, _, length = x.shape
+    # Before any product: torch warns where a thread's first work on a GPU is a matrix product.
+    conv_out = convolve(args) if conv_out is None else conv_out
     rows_out = dout.to(out_proj.dtype).flatten(0, 1)
     d_out_proj = d_out_bias = d_x_proj = None
     if ctx.needs_input_grad[5]:
@@ -187,7 +189,6 @@ def inner_backward(ctx: Any, saved: list[Tensor | None], dout: Tensor) -> tuple:
     del y
     dy = (rows_out @ out_proj).unflatten(0, (b, length)).transpose(1, 2)
 
-    conv_out = convolve(args) if conv_out is None else conv_out
     p = project(args, x_dbl, delta_raw, ctx.eps)
     op = backend.resolve("_selective_scan_bwd", x.device.type, p.delta.dtype)
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, _ = op(

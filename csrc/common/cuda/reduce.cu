@@ -10,11 +10,11 @@ constexpr int kColumns = 32, kParts = 16;  // a block's columns, and how many th
 __global__ void __launch_bounds__(kColumns* kParts)
     sum_rows_kernel(const float* rows, int64_t count, int64_t pitch, int64_t size, float* to,
                     int64_t offset, float* second) {
-  __shared__ float parts[kParts][kColumns + 1];
+  __shared__ double parts[kParts][kColumns + 1];
   const int column = threadIdx.x % kColumns, part = threadIdx.x / kColumns;
   const int64_t i = int64_t{blockIdx.x} * kColumns + column;
   const float* from = rows + (blockIdx.y ? offset : 0) + i;
-  float sum = 0.0f;
+  double sum = 0.0;  // of as many rows as a long sequence has pieces
   if (i < size) {
 #pragma unroll 4
     for (int64_t row = part; row < count; row += kParts) sum += from[row * pitch];
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kColumns* kParts)
   if (part != 0 || i >= size) return;
 #pragma unroll
   for (int k = 1; k < kParts; ++k) sum += parts[k][column];
-  (blockIdx.y ? second : to)[i] = sum;
+  (blockIdx.y ? second : to)[i] = static_cast<float>(sum);
 }
 
 }  // namespace
