@@ -45,6 +45,10 @@ BackwardArgs backward_args(const ScanGradients& g, const CudaScanEvents& events)
   if (!p.constant_B) a.B = projection(p.B);
   if (!p.constant_C) a.C = projection(p.C);
   use_one_order(a.u, a.du), use_one_order(a.delta, a.ddelta), use_one_order(a.z, a.dz);
+  a.aligned = true;
+  for (const TileSource* s : {&a.u, &a.delta, &a.dout, &a.z, &a.du, &a.ddelta, &a.dz}) {
+    if (s->data && s->order == TileOrder::kElements) a.aligned = false;
+  }
   return a;
 }
 

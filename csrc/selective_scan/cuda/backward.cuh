@@ -51,6 +51,7 @@ struct BackwardArgs {
   BackwardScratch scratch;
   int64_t group_channels, tiles;
   bool wide_states;  // chunk states are copied 16 bytes at a time
+  bool aligned;      // no (b, d, l) tensor is moved element by element
 };
 
 // The kernels, by dtype.

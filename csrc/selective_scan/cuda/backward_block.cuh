@@ -14,22 +14,6 @@ bool serves(const TileSource& s) {
   return s.order == TileOrder::kElements && K::fits(aligned);
 }
 
-// Moves steps [t0, t0 + 64) of the block's channels between global and shared memory; `start` is
-// the first channel at step 0.
-template <class S, class K, bool kLoad>
-__device__ __forceinline__ void move_block(char* tile, const TileSource& s, char* start, int64_t t0,
-                                           int64_t length, int channels) {
-  using Tile = BackwardTile<S::kChannels>;
-  if constexpr (!K::kAny) {
-    if (s.order == TileOrder::kElements) {
-      move_any_tile<Tile, S::kThreads, kLoad>(tile, start + t0 * s.stride_t * K::size(s), s,
-                                              clamp_int(length - t0, 0, S::kSteps), channels);
-      return;
-    }
-  }
-  move_steps<K, Tile, S::kThreads, kLoad>(tile, s, start, t0, length - t0, channels);
-}
-
 template <class S, class K, bool kGeneral>
 struct BackwardBlock {
   using M = BackwardMemory<S, kGeneral>;
@@ -59,22 +43,66 @@ struct BackwardBlock {
     return *reinterpret_cast<const float2*>(floats(m.constants) + which * S::kChannels + at.c);
   }
 
+  __device__ __forceinline__ char* start(int tensor) const {
+    return reinterpret_cast<char* const*>(smem + m.starts)[tensor];
+  }
+  // Whether a tile is whole and all tensors are aligned: then copies need no bounds.
+  __device__ __forceinline__ bool whole(int64_t t0) const {
+    return a.aligned && at.channels == S::kChannels && t0 + S::kSteps <= a.p.length;
+  }
+
+  // A whole tile of an aligned tensor.
   template <bool kLoad>
-  __device__ __forceinline__ void move(char* tile, const TileSource& s, int which,
-                                       int64_t t0) const {
-    char* const start = reinterpret_cast<char* const*>(smem + m.starts)[which];
-    move_block<S, K, kLoad>(tile, s, start, t0, a.p.length, at.channels);
+  __device__ __forceinline__ void move_whole(char* tile, const TileSource& s, int tensor,
+                                             int64_t t0) const {
+    constexpr bool kByTime = K::kOrder == static_cast<int>(TileOrder::kTime);
+    constexpr auto kOrder = kByTime ? TileOrder::kTime : TileOrder::kChannel;
+    constexpr int kSize = K::kDType == static_cast<int>(DType::kFloat32) ? 4 : 2;
+    constexpr int kPer = 16 / kSize, kPieces = (kByTime ? S::kSteps : S::kChannels) / kPer;
+    constexpr int kStride = S::kThreads / kPieces;  // rows of a pass
+    constexpr int kPasses = (kByTime ? S::kChannels : S::kSteps) / kStride;
+    static_assert(kStride * kPieces == S::kThreads, "a pass covers whole rows");
+    const int row = threadIdx.x / kPieces, first = threadIdx.x % kPieces * kPer;
+    const int64_t row_bytes = (kByTime ? s.stride_c : s.stride_t) * kSize;
+    char* global = start(tensor) + (kByTime ? t0 : t0 * s.stride_t) * kSize + row * row_bytes +
+                   first * kSize;
+    tile += kByTime ? Tile::at(kOrder, kSize, row, first) : Tile::at(kOrder, kSize, first, row);
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i, global += kStride * row_bytes) {
+      // A pass moves on by whole pads, so that its distance in the tile is a constant.
+      constexpr int kApart = kByTime ? Tile::at(kOrder, kSize, kStride, 0)
+                                     : Tile::at(kOrder, kSize, 0, kStride);
+      static_assert(kByTime || kStride % 8 == 0, "whole pads");
+      if constexpr (kLoad) {
+        copy_async<16>(tile + i * kApart, global, 16);
+      } else {
+        *reinterpret_cast<uint4*>(global) = *reinterpret_cast<const uint4*>(tile + i * kApart);
+      }
+    }
+  }
+
+  template <bool kLoad>
+  __device__ __forceinline__ void move(char* tile, const TileSource& s, int tensor, int64_t t0,
+                                       bool is_whole) const {
+    if constexpr (!K::kAny) {
+      if (is_whole) return move_whole<kLoad>(tile, s, tensor, t0);
+    }
+    move_any_tile<Tile, S::kThreads, kLoad>(
+        tile, start(tensor) + t0 * s.stride_t * s.element_size(), s,
+        clamp_int(a.p.length - t0, 0, S::kSteps), at.channels);
   }
   __device__ __forceinline__ void load_inputs(char* stage, int64_t t0) const {
-    move<true>(stage + m.u, a.u, 0, t0);
-    move<true>(stage + m.delta, a.delta, 1, t0);
-    move<true>(stage + m.dout, a.dout, 2, t0);
-    if (a.p.z.data) move<true>(stage + m.z, a.z, 3, t0);
+    const bool is_whole = whole(t0);
+    move<true>(stage + m.u, a.u, 0, t0, is_whole);
+    move<true>(stage + m.delta, a.delta, 1, t0, is_whole);
+    move<true>(stage + m.dout, a.dout, 2, t0, is_whole);
+    if (a.p.z.data) move<true>(stage + m.z, a.z, 3, t0, is_whole);
   }
   __device__ __forceinline__ void store_outputs(char* stage, int64_t t0) const {
-    move<false>(stage + m.u, a.du, 4, t0);
-    move<false>(stage + m.delta, a.ddelta, 5, t0);
-    if (a.p.z.data) move<false>(stage + m.z, a.dz, 6, t0);
+    const bool is_whole = whole(t0);
+    move<false>(stage + m.u, a.du, 4, t0, is_whole);
+    move<false>(stage + m.delta, a.ddelta, 5, t0, is_whole);
+    if (a.p.z.data) move<false>(stage + m.z, a.dz, 6, t0, is_whole);
   }
 
   // The states that enter the tile at t0, from `first` on.
@@ -98,12 +126,26 @@ struct BackwardBlock {
   }
 
   // Starts to bring B or C of the states from `first` on.
-  __device__ __forceinline__ void load(char* raw, const TileSource& s, int which, int64_t t0,
+  __device__ __forceinline__ void load(char* raw, const TileSource& s, int tensor, int64_t t0,
                                        int first) const {
-    char* const start = reinterpret_cast<char* const*>(smem + m.starts)[which];
-    move_any_tile<typename M::StateTile, S::kThreads, true>(
-        raw, start + (first * s.stride_c + t0 * s.stride_t) * s.element_size(), s,
-        clamp_int(a.p.length - t0, 0, S::kSteps), min(n - first, S::kStates));
+    using States = typename M::StateTile;
+    const int size = s.element_size();
+    char* const from = start(tensor) + (first * s.stride_c + t0 * s.stride_t) * size;
+    if (s.order == TileOrder::kElements || t0 + S::kSteps > a.p.length || first + S::kStates > n) {
+      move_any_tile<States, S::kThreads, true>(raw, from, s,
+                                               clamp_int(a.p.length - t0, 0, S::kSteps),
+                                               min(n - first, S::kStates));
+      return;
+    }
+    const bool by_time = s.order == TileOrder::kTime;
+    const int64_t row_bytes = (by_time ? s.stride_c : s.stride_t) * size;
+    const int per = 16 / size, pieces = (by_time ? S::kSteps : S::kStates) / per;
+    for (int i = threadIdx.x; i < S::kStates * S::kSteps / per; i += S::kThreads) {
+      const int row = i / pieces, at_piece = i % pieces * per;
+      char* const to = raw + (by_time ? States::at(TileOrder::kTime, size, row, at_piece)
+                                      : States::at(TileOrder::kChannel, size, at_piece, row));
+      copy_async<16>(to, from + row * row_bytes + at_piece * size, 16);
+    }
   }
   __device__ __forceinline__ void load_projections(int64_t t0, int first) const {
     if (!kGeneral || !a.p.constant_B) load(smem + m.B_raw, a.B, 7, t0, first);
@@ -216,6 +258,11 @@ struct BackwardBlock {
       floats(m.constants)[S::kChannels + c] = of_channel(a.p.D, channel);
     }
     *totals() = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    // Channels that do not exist keep these states.
+    for (int i = at.channels * M::kEnterPitch + threadIdx.x; i < S::kChannels * M::kEnterPitch;
+         i += S::kThreads) {
+      floats(m.entering)[i] = floats(m.entering)[S::kChannels * M::kEnterPitch + i] = 0.0f;
+    }
     for (int i = threadIdx.x; i < n * S::kChannels; i += S::kThreads) {
       const int c = i / n, s = i % n;
       const bool exists = c < at.channels;

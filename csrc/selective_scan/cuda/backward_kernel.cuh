@@ -22,7 +22,7 @@ __device__ __forceinline__ void run_state(const BackwardBlock<S, K, kGeneral>& b
   const auto channel = [&](auto which) {
     constexpr int k = decltype(which)::value;
     if (kGeneral && k > 0) block.read_projections(B, C, projections, k, state);
-    const float h = at.c + k < at.channels ? entering[k * M::kEnterPitch] : 0.0f;
+    const float h = entering[k * M::kEnterPitch];
     run.template channel<k>(state, B, C, k ? A.y : A.x, h, k ? carry.y : carry.x, sums);
   };
   channel(std::integral_constant<int, 0>{});
@@ -115,7 +115,8 @@ __device__ __forceinline__ void run_unit(const BackwardArgs& a,
         block.add_lane_sums(lane_sums, first + s0, count);
         __syncthreads();
         block.store_batch(batch, first_warp, t0, first + s0, count);
-        first_warp = (first_warp + S::kBatch) % S::kWarps;
+        first_warp += S::kBatch;
+        if (first_warp >= S::kWarps) first_warp %= S::kWarps;
       }
     }
     block.finish(lane, stage);

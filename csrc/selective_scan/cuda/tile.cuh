@@ -46,6 +46,7 @@ struct TileSource {
 template <int kDType_, int kOrder_>
 struct TileKind {
   static constexpr bool kAny = kDType_ < 0;
+  static constexpr int kDType = kDType_, kOrder = kOrder_;
   __device__ static DType dtype(const TileSource& s) {
     return kAny ? s.dtype : static_cast<DType>(kDType_);
   }
