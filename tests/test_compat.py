@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from mamba_ssm.compat import _causal_conv1d_cuda as compiled
+from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn
 
 ROOT = Path(__file__).resolve().parents[1]
 ABSENT = pytest.mark.skipif(
@@ -58,7 +62,7 @@ spec = importlib.util.find_spec("causal_conv1d")
 assert spec is not None and spec.name == "causal_conv1d" and module.__spec__ is spec
 assert importlib.util.find_spec("causal_conv1d.nothing") is None
 for name in ("causal_conv1d", "causal-conv1d", "Causal_Conv1d"):
-    assert importlib.metadata.version(name) == "1.6.0+mamba.ssm" == module.__version__
+    assert importlib.metadata.version(name) == "1.4.0+mamba.ssm" == module.__version__
 names = [d.metadata["Name"] for d in importlib.metadata.distributions()]
 assert names.count("causal-conv1d") == 1 and "torch" in names
 try:
@@ -76,12 +80,8 @@ for function in (causal_conv1d_fn, causal_conv1d_update, causal_conv1d_ref,
                  causal_conv1d_update_ref, causal_conv1d_varlen_states):
     assert function is getattr(ours, function.__name__)
 assert "activation" in inspect.signature(causal_conv1d_fn).parameters
-try:
-    import causal_conv1d_cuda
-except ModuleNotFoundError:
-    pass
-else:
-    raise AssertionError
+import causal_conv1d_cuda
+assert callable(causal_conv1d_cuda.causal_conv1d_fwd)
 del sys.modules["causal_conv1d"]
 assert importlib.import_module("causal_conv1d").causal_conv1d_fn is causal_conv1d_fn
 """
@@ -199,3 +199,31 @@ mamba_ssm.compat.causal_conv1d()
 assert import_utils.is_causal_conv1d_available()
 """
     output(code)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("states", [False, True])
+def test_the_compiled_modules_functions(silu, bias, states, backend):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, 9, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    b = torch.randn(5, requires_grad=True) if bias else None
+    initial = torch.randn(2, 5, 3, requires_grad=True) if states else None
+    activation = "silu" if silu else None
+    out, final = causal_conv1d_fn(
+        x, weight, b, initial_states=initial, return_final_states=True, activation=activation
+    )
+    given = torch.empty(2, 5, 3) if states else None
+    result = compiled.causal_conv1d_fwd(x, weight, b, None, initial, given, silu)
+    assert torch.equal(result, out) and not result.requires_grad
+    assert not states or torch.equal(given, final)
+    dout, dfinal = torch.randn_like(out), torch.randn_like(final) if states else None
+    outputs = (out, final) if states else (out,)
+    inputs = [t for t in (x, weight, b, initial) if t is not None]
+    expected = torch.autograd.grad(outputs, inputs, (dout, dfinal) if states else (dout,))
+    dx = torch.empty_like(x)
+    arguments = (x, weight, b, dout, None, initial, dfinal, dx, states, silu)
+    results = compiled.causal_conv1d_bwd(*arguments)
+    assert results[0] is dx and len(results) == 4
+    for actual, e in zip([t for t in results if t is not None], expected, strict=True):
+        assert torch.equal(actual, e)

@@ -14,11 +14,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from mamba_ssm.compat import _causal_conv1d_cuda
 from mamba_ssm.ops import causal_conv1d as ops
 
 _NAME = "causal_conv1d"
 # The release whose functions and signatures ours are; the local part says whose they really are.
-_VERSION = "1.6.0+mamba.ssm"
+_VERSION = "1.4.0+mamba.ssm"
 # Submodules, and what is imported from them.
 _MODULES: dict[str, tuple[str, ...]] = {
     "": ("causal_conv1d_fn", "causal_conv1d_update"),
@@ -30,6 +31,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     ".causal_conv1d_varlen": ("causal_conv1d_varlen_states",),
 }
+# The compiled module has a name of its own at the top level.
+_COMPILED = f"{_NAME}_cuda"
 
 
 class _Distribution(importlib.metadata.Distribution):
@@ -55,6 +58,8 @@ class _Finder(Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if name == _COMPILED:
+            return ModuleSpec(name, self, origin="mamba_ssm.compat")
         root, _, _ = name.partition(".")
         if root != _NAME or name[len(root) :] not in _MODULES:
             return None
@@ -67,6 +72,11 @@ class _Finder(Loader):
             yield _Distribution()
 
     def exec_module(self, module: ModuleType) -> None:
+        if module.__name__ == _COMPILED:
+            module.causal_conv1d_fwd = _causal_conv1d_cuda.causal_conv1d_fwd
+            module.causal_conv1d_bwd = _causal_conv1d_cuda.causal_conv1d_bwd
+            module.__doc__ = _causal_conv1d_cuda.__doc__
+            return
         suffix = module.__name__[len(_NAME) :]
         for name in _MODULES[suffix]:
             setattr(module, name, getattr(ops, name))
@@ -90,8 +100,8 @@ def causal_conv1d() -> ModuleType:
     does nothing.
 
     ``importlib.util.find_spec`` and ``importlib.metadata.version`` know the name afterwards
-    (version ``1.6.0+mamba.ssm``), as do answers that transformers has kept from before. The
-    compiled module ``causal_conv1d_cuda`` is not provided.
+    (version ``1.4.0+mamba.ssm``), as do answers that transformers has kept from before.
+    ``causal_conv1d_cuda``, the compiled module that some models call directly, is there too.
 
     Returns:
         The module ``causal_conv1d``: the real one where it is installed, else the one made here.

@@ -9,6 +9,7 @@ from ..layer_norm import (
     rms_norm_forward,
     rms_norm_ref,
 )
+from .layernorm import _layer_norm_fwd  # noqa: F401 (what some clients import from here)
 
 __all__ = [
     "RMSNorm",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from .. import backend
 from .. import layer_norm as _new
+from ..dtypes import kernel_dtype
 from ..layer_norm import RMSNorm, layer_norm_linear_fn, layer_norm_ref, rms_norm_ref
 
 __all__ = [
@@ -59,3 +62,25 @@ def rms_norm_fn(
         prenorm=prenorm,
         residual_in_fp32=residual_in_fp32,
     )
+
+
+def _layer_norm_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+    is_rms_norm: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(y, mean, rstd, residual_out) of rows x (m, d), without autograd.
+
+    Private in name, but transformers 4.x imports it for FalconMamba's fused function.
+    """
+    op = backend.resolve("_add_norm_fwd", x.device.type, kernel_dtype(x, residual, weight, bias))
+    y, total, mean, rstd = op(x, residual, weight, bias, eps, is_rms_norm, residual_dtype)
+    if residual is None and residual_dtype in (None, x.dtype):
+        total = x  # the op leaves out what would be x itself
+    y = y if out_dtype is None else y.to(out_dtype)
+    return y, None if is_rms_norm else mean, rstd, total
