@@ -16,7 +16,7 @@ INSTALL := MAMBA_SSM_BUILD_DEVICES=$(DEVICES) $(PIP) --no-build-isolation
 SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
-.PHONY: demo test build cuda docs sanitize bench lint format wheel clean
+.PHONY: demo test test-transformers4 build cuda docs sanitize bench lint format wheel clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.torch:
@@ -44,6 +44,20 @@ demo: $(VENV)/.package
 
 test: $(VENV)/.dev $(VENV)/.kernels
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# transformers 4.x as a client, in an environment of its own that finds torch and the rest in $(VENV).
+TRANSFORMERS4 ?= transformers==4.57.6
+TF4 := $(VENV)-transformers4
+PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+$(TF4)/.installed: $(VENV)/.dev
+	$(BIN)/python -m venv $(TF4)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > \
+		"$$($(TF4)/bin/python $(PURELIB))/base.pth"
+	$(TF4)/bin/python -m pip --disable-pip-version-check install --quiet "$(TRANSFORMERS4)"
+	@touch $@
+
+test-transformers4: $(TF4)/.installed $(VENV)/.kernels
+	$(TF4)/bin/python -m pytest -q tests/test_transformers_v4_client.py tests/test_compat.py
 
 build: $(VENV)/.package
 	$(BIN)/python -m mamba_ssm build --device $(DEVICES)
