@@ -86,6 +86,23 @@ def block(timer: Timer) -> Iterator[GpuRow]:
             )
 
 
+def kernels(timer: Timer) -> Iterator[GpuRow]:
+    """Every kernel of a block's forward + backward in its order, from torch.profiler"""
+    for d_model, batch in ((768, 8), (2560, 2)):
+        step = _step_of_block(d_model, batch, 2048, torch.float32)
+        for _ in range(3):
+            step()
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        ) as profile:
+            step()
+            torch.cuda.synchronize()
+        events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        for event in sorted(events, key=lambda e: e.time_range.start):
+            case = f"block d_model {d_model} b{batch} l2048, kernel {event.name[:80]}"
+            yield GpuRow(case, event.time_range.elapsed_us(), rounds=1)
+
+
 def host(timer: Timer) -> Iterator[GpuRow]:
     """Host time of a tiny block, forward + backward under autocast (d_model 64, b2 l64)"""
     step = _step_of_block(64, 2, 64, torch.float32)
@@ -183,7 +200,7 @@ def prefill(timer: Timer) -> Iterator[GpuRow]:
         del model, cache, run
 
 
-CASES = {"block": block, "host": host, "lm": lm, "prefill": prefill}
+CASES = {"block": block, "kernels": kernels, "host": host, "lm": lm, "prefill": prefill}
 
 
 def _cases(text: str) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_matches, evaluate, to_double
 
+from mamba_ssm.ops import mamba_inner, mamba_inner_steps
 from mamba_ssm.ops.selective_scan_interface import (
     MambaInnerFn,
     mamba_inner_fn,
@@ -246,6 +247,20 @@ def test_autocast(name, xz_dtype):
         if isinstance(value, torch.Tensor):
             assert results[f"grad of {key}"].dtype == value.dtype, key
     assert_matches(autocast(mamba_inner_fn), autocast(plain), inputs)
+
+
+def test_weights_too_large_to_keep_give_the_same_bits(monkeypatch):
+    def autocast(**inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return mamba_inner_fn(**inputs)
+
+    inputs = make()
+    kept = evaluate(autocast, inputs)
+    for module in (mamba_inner, mamba_inner_steps):
+        monkeypatch.setattr(module, "SMALL_WEIGHT", 0)
+    cast_again = evaluate(autocast, inputs)
+    for key, value in kept.items():
+        assert torch.equal(cast_again[key], value), key
 
 
 def test_the_backward_may_run_outside_autocast():

@@ -21,6 +21,7 @@ from .chunking import chunk_size_for
 from .client_layers import check_calling_mixer
 from .dtypes import accumulate_dtype
 from .mamba_inner_steps import (
+    SMALL_WEIGHT,
     Args,
     convolve,
     flat_conv,
@@ -108,8 +109,10 @@ class MambaInnerFn(torch.autograd.Function):
             y, _, states = op(*scan_arguments(ctx, args, conv_out, p))
             out = _out_projection(y, args)
         kept = (conv_out, p.raw[0]) if checkpoint_lvl == 0 else (None, None)
-        # The projections as they were used: casting them again would take the host's time.
+        # The projections as they were used, if they are small: casting them again would cost time,
+        # keeping a large one memory in every layer.
         used = (args.x_proj, args.delta_proj, args.out_proj)
+        used = [weight if weight.numel() <= SMALL_WEIGHT else None for weight in used]
         ctx.save_for_backward(*tensors, y, states, x_dbl, *kept, *used)
         return out
 

@@ -13,6 +13,9 @@ from .dtypes import accumulate_dtype, kernel_dtype, no_wider_than
 from .layout import is_channel_last
 from .scan_groups import same_groups, sum_groups
 
+# Elements. Beyond, a copy in another dtype is not kept through the backward.
+SMALL_WEIGHT = 1 << 22
+
 # Whether a product of 16-bit matrices can be had in fp32 (torch >= 2.8).
 _MM_WITH_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 
@@ -126,8 +129,12 @@ def _cat_channels(x: Tensor, z: Tensor, like: Tensor) -> Tensor:
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    """dy^T x of rows (m, o) and (m, i): in fp32 at once where the weight is fp32 and torch can."""
+    """dy^T x of rows (m, o) and (m, i): in fp32 at once where the weight is fp32 and torch can.
+
+    Not of a large weight: its gradient is made before the backward's peak of memory.
+    """
     narrow = like.dtype == torch.float32 and dy.dtype in (torch.float16, torch.bfloat16)
+    narrow = narrow and like.numel() <= SMALL_WEIGHT
     if narrow and dy.is_cuda and _MM_WITH_DTYPE and not torch.compiler.is_compiling():
         return torch.mm(dy.t(), x, out_dtype=torch.float32)
     return dy.t() @ x
@@ -175,7 +182,12 @@ def inner_backward(ctx: Any, saved: list[Tensor | None], dout: Tensor) -> tuple:
     *tensors, y, states, x_dbl, conv_out, delta_raw, x_proj, delta_proj, out_proj = saved
     saved.clear()
     given = Args(*tensors)
-    args = flat_conv(given)._replace(x_proj=x_proj, delta_proj=delta_proj, out_proj=out_proj)
+    # Those that were too large to keep are cast again.
+    x_proj, delta_proj, out_proj = (
+        weight.to(ctx.autocast_dtype or weight.dtype) if used is None else used
+        for weight, used in zip(given[3:6], (x_proj, delta_proj, out_proj), strict=True)
+    )
+    args = flat_conv(given)._replace(x_proj=x_proj, delta_proj=delta_proj)
     x = args.xz.chunk(2, dim=1)[0]
     b, _, length = x.shape
     # Before any product: torch warns where a thread's first work on a GPU is a matrix product.
@@ -188,6 +200,7 @@ def inner_backward(ctx: Any, saved: list[Tensor | None], dout: Tensor) -> tuple:
         d_out_bias = rows_out.sum(dim=0, dtype=accumulate_dtype(dout))
     del y
     dy = (rows_out @ out_proj).unflatten(0, (b, length)).transpose(1, 2)
+    del out_proj
 
     p = project(args, x_dbl, delta_raw, ctx.eps)
     op = backend.resolve("_selective_scan_bwd", x.device.type, p.delta.dtype)
