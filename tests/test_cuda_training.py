@@ -56,7 +56,9 @@ def _losses(dtype) -> torch.Tensor:
     return torch.stack([training.step() for _ in range(STEPS)])
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_a_compiled_training_step(dtype, compiler, backend):
     expected = _losses(dtype)
     training = Training(dtype)
