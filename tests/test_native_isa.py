@@ -10,12 +10,16 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_matches, evaluate
+from helpers import assert_close_to_oracle, assert_matches, evaluate, to_double
 from scan_cases import BASE, CASES, make_inputs
 from test_selective_scan import _fn, _ref
 
 import mamba_ssm
 from mamba_ssm.ops import native
+from mamba_ssm.ops.selective_state_update import (
+    selective_state_update,
+    selective_state_update_ref,
+)
 
 NATIVE = native.has_kernel("_selective_scan_fwd", "cpu")
 pytestmark = pytest.mark.skipif(
@@ -40,6 +44,33 @@ def test_scan_on_every_instruction_set(row, isa):
     with mamba_ssm.backend("native"):
         assert native.cpu_isa() == isa
         assert_matches(_fn, _ref, make_inputs(CASES[row]))
+
+
+@pytest.mark.parametrize("n", [1, 7, 16, 33])
+@pytest.mark.parametrize("shared_A", [False, True], ids=["A (d, n)", "A expanded"])
+def test_state_update_on_every_instruction_set(n, shared_A, isa):
+    generator = torch.Generator().manual_seed(n)
+    b, d = 2, 19
+
+    def rand(*shape):
+        return torch.randn(shape, generator=generator)
+
+    A = -rand(d, 1).exp().expand(d, n) if shared_A else -rand(d, n).exp()
+    inputs = {"x": rand(b, d), "dt": rand(b, d), "A": A, "B": rand(b, n), "C": rand(b, n)}
+    inputs |= {"D": rand(d), "z": rand(b, d), "dt_bias": rand(d), "dt_softplus": True}
+    state = rand(b, d, n)
+
+    def step(fn, state, inputs):
+        moved = state.clone()
+        return {"out": fn(moved, **inputs), "state": moved}
+
+    with mamba_ssm.backend("native"):
+        actual = step(selective_state_update, state, inputs)
+    plain = step(selective_state_update_ref, state, inputs)
+    doubled = {name: to_double(value) for name, value in inputs.items()}
+    exact = step(selective_state_update_ref, state.double(), doubled)
+    for name, value in actual.items():
+        assert_close_to_oracle(value, plain[name], exact[name], name)
 
 
 def test_exponentials_far_from_zero(isa):

@@ -5,38 +5,12 @@
 
 #include "../../common/cpu_convert.h"
 #include "../../common/cpu_math.h"
+#include "state_row.h"
 
 namespace mamba {
 namespace {
 
-constexpr int64_t kLanes = 16;  // independent partial sums: vectorises, and fixes the order
-constexpr int64_t kTile = 64;   // rows whose scalars (dt, x, z, D) are loaded and computed together
-
-// s = s * exp(dt * A) + B * input on one row.
-void advance_row(float* __restrict s, const float* __restrict A, const float* __restrict B,
-                 float dt, float input, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) s[i] = s[i] * exp_approx(dt * A[i]) + B[i] * input;
-}
-
-// The same where A is one number for the whole row (Mamba-2 style calls expand it).
-void advance_row_shared(float* __restrict s, float A, const float* __restrict B, float dt,
-                        float input, int64_t n) {
-  const float decay = exp_approx(dt * A);
-  for (int64_t i = 0; i < n; ++i) s[i] = s[i] * decay + B[i] * input;
-}
-
-float dot(const float* __restrict a, const float* __restrict b, int64_t n) {
-  float sums[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += a[i + lane] * b[i + lane];
-  }
-  for (int64_t lane = 0; i < n; ++i, ++lane) sums[lane] += a[i] * b[i];
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
-  }
-  return sums[0];
-}
+constexpr int64_t kTile = 64;  // rows whose scalars (dt, x, z, D) are loaded and computed together
 
 // Rows [ip, ip + count), count <= kTile, of one head of one batch entry.
 struct Tile {
@@ -53,7 +27,8 @@ struct Tile {
   int64_t output_offset() const { return (ib * p.heads + ih) * p.head_dim + ip; }
 };
 
-void update_tile(const Tile& tile, int64_t slot, const float* B, const float* C, float* scratch) {
+void update_tile(const Tile& tile, int64_t slot, const float* B, const float* C, float* scratch,
+                 AdvanceStateRow advance) {
   const StateUpdateParams& p = tile.p;
   const int64_t n = p.state_dim, count = tile.count;
   float dt[kTile], y[kTile], x_scratch[kTile], other[kTile];
@@ -76,13 +51,10 @@ void update_tile(const Tile& tile, int64_t slot, const float* B, const float* C,
         slot * p.state.stride[0] + tile.ih * p.state.stride[1] + row * p.state.stride[2];
     // row_as_float hands out the state's own memory where it can: then the update is in place.
     float* s = const_cast<float*>(row_as_float(p.state, start_s, p.state.stride[3], n, scratch));
-    if (shared_A) {
-      advance_row_shared(s, load_float(p.A.data, p.A.dtype, start_A), B, dt[i], dt[i] * x[i], n);
-    } else {
-      const float* A = row_as_float(p.A, start_A, p.A.stride[2], n, scratch + n);
-      advance_row(s, A, B, dt[i], dt[i] * x[i], n);
-    }
-    y[i] = dot(s, C, n);
+    // A is one number for the whole row in Mamba-2 style calls, which expand it.
+    const float one = shared_A ? load_float(p.A.data, p.A.dtype, start_A) : 0.0f;
+    const float* A = shared_A ? nullptr : row_as_float(p.A, start_A, p.A.stride[2], n, scratch + n);
+    y[i] = advance(s, A, one, B, C, dt[i], dt[i] * x[i], n);
     store_row(p.state, start_s, p.state.stride[3], n, s);
   }
 
@@ -103,6 +75,7 @@ void state_update_cpu(const StateUpdateParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.state_dim;
   std::vector<float> scratch(static_cast<size_t>(4 * n));
   float* const row_scratch = scratch.data() + 2 * n;
+  const AdvanceStateRow advance = advance_state_row_function();
   const float* B = nullptr;
   const float* C = nullptr;
   int64_t loaded_batch = -1, loaded_group = -1;
@@ -126,7 +99,7 @@ void state_update_cpu(const StateUpdateParams& p, int64_t begin, int64_t end) {
       loaded_batch = tile.ib;
       loaded_group = group;
     }
-    update_tile(tile, slot, B, C, row_scratch);
+    update_tile(tile, slot, B, C, row_scratch, advance);
   }
 }
 
