@@ -307,6 +307,13 @@ def test_a_subclass_that_calls_the_fused_path_itself():
     expected = run_with_grads(layer, super(Fused, layer).forward, x)
     assert_all_same(run_with_grads(layer, layer, x), expected)
 
+    class Unchanged(Mamba):
+        pass
+
+    unchanged = Unchanged(8)
+    unchanged.load_state_dict(layer.state_dict())
+    assert_all_same(run_with_grads(unchanged, unchanged, x), expected)
+
 
 @pytest.mark.parametrize("name", ["mamba_inner_fn", "selective_scan_fn", "causal_conv1d_fn"])
 def test_a_patched_global_is_what_runs(name, monkeypatch):
