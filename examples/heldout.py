@@ -4,13 +4,19 @@ Held-out bits per byte: every file is read once from its beginning to its end in
 state of the model carried from piece to piece, so that no byte is scored twice or without its
 history. As in `ngram.py`, a file's end mark is scored with its bytes, and the sum is divided by the
 number of bytes.
+
+    python examples/heldout.py --dtype fp32 bf16 int8   # the embedded model on its held-out files
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
+import time
 from collections.abc import Sequence
 
+import corpus
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -117,3 +123,37 @@ def sample_text(
         pending = torch.tensor([[choice]], device=device)
     model.train(was_training)
     return decode(ids).decode("utf-8", "replace")
+
+
+def load(name: str, dtype: str, device: str) -> nn.Module:
+    """A model in fp32, bf16 or int8 (weights in int8, the rest in fp32), ready to be scored."""
+    from mamba_ssm import MambaLMHeadModel
+
+    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+    model = MambaLMHeadModel.from_pretrained(name, device=device, dtype=precision).eval()
+    return model.quantize_("int8") if dtype == "int8" else model
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description="Held-out bits per byte of a byte-level model.")
+    parser.add_argument("--model", default="embedded", help="a name or a directory")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "int8"), default=["fp32"])
+    corpus.add_corpus_options(parser)
+    args = parser.parse_args(argv)
+    try:
+        held_out = corpus.split_documents(corpus.documents_from_options(args))[1]
+        found = {}
+        for dtype in args.dtype:
+            start = time.monotonic()
+            found[dtype] = bits_per_byte(load(args.model, dtype, args.device), held_out)
+            seconds = time.monotonic() - start
+            print(f"{dtype} on {args.device}: {found[dtype]:.6f} bits per byte, {seconds:.1f} s")
+    except (ValueError, OSError) as error:
+        print(f"heldout.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,7 @@ import heldout
 import ngram
 import torch
 import training_files as files
+from graphed import GraphedStep
 from torch import Tensor, nn
 from train_options import DTYPES, parse_options, run_settings
 
@@ -80,12 +81,16 @@ class Crops:
         # On the CPU, so that the data do not depend on the device and the state is easy to store.
         self.generator = torch.Generator().manual_seed(args.seed)
 
-    def next(self) -> Tensor:
-        """The next batch of ids, (batch_size, seq_len) int64."""
-        starts = torch.randint(
-            self.last_start + 1, (self.batch_size, 1), generator=self.generator
-        ).to(self.stream.device, non_blocking=True)
-        return self.stream[starts + self.window].long()
+        self.starts = torch.zeros(self.batch_size, 1, dtype=torch.int64, device=args.device)
+
+    def advance(self) -> None:
+        """Draw the places of the next batch."""
+        shape = self.starts.shape
+        self.starts.copy_(torch.randint(self.last_start + 1, shape, generator=self.generator))
+
+    def batch(self) -> Tensor:
+        """The present batch of ids, (batch_size, seq_len) int64."""
+        return self.stream[self.starts + self.window].long()
 
 
 class Trainer:
@@ -103,8 +108,12 @@ class Trainer:
         files.check_export_size(self.model, DTYPES[args.export_dtype], args.max_bytes)
         self.forward = torch.compile(self.model) if args.compile else self.model
         groups = param_groups(self.model, weight_decay=args.weight_decay)
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)
+        graph = args.graph and self.device.type == "cuda"
+        # With a graph the learning rate is a tensor, which the captured kernels read.
+        self.lr = torch.tensor(args.lr, device=self.device) if graph else args.lr
+        self.how = {"fused": self.device.type == "cuda", "capturable": graph}
+        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), **self.how)
+        self.graphed = GraphedStep(self._work, self.device, enabled=graph)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.step = 0
         self.seconds = 0.0
@@ -116,11 +125,9 @@ class Trainer:
         dtype = DTYPES.get(self.args.amp)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def train_step(self) -> None:
-        """One optimizer step on one batch."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.args)
-        input_ids = self.crops.next()
+    def _work(self) -> None:
+        """What a step does on the device; it waits for nothing, so that a graph can hold it."""
+        input_ids = self.crops.batch()
         with self.autocast():
             loss = self.forward(input_ids, labels=input_ids).loss
         self.scaler.scale(loss).backward()
@@ -131,8 +138,20 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_sum += loss.detach().double()
+
+    def train_step(self) -> None:
+        """One optimizer step on one batch."""
+        self.set_learning_rate(learning_rate(self.step, self.args))
+        self.crops.advance()
+        self.graphed()
         self.loss_count += 1
         self.step += 1
+
+    def set_learning_rate(self, lr: float) -> None:
+        if isinstance(self.lr, Tensor):
+            self.lr.fill_(lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr if isinstance(self.lr, Tensor) else lr
 
     def take_mean_loss(self) -> float:
         """Mean training loss since the last call, in bits per byte."""
@@ -181,7 +200,9 @@ class Trainer:
             )
             raise ValueError(f"resume with the options that the run was started with: {what}")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # The run may go on on another device, or with and without a graph.
+        groups = [group | self.how for group in state["optimizer"]["param_groups"]]
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         self.crops.generator.set_state(state["data_generator"])
         torch.set_rng_state(state["torch_generator"])
@@ -206,7 +227,7 @@ class Trainer:
                 if self.step % args.log_every == 0 or last:
                     bits = self.take_mean_loss()
                     bar.set_postfix(bits_per_byte=f"{bits:.3f}")
-                    lr = self.optimizer.param_groups[0]["lr"]
+                    lr = learning_rate(self.step - 1, args)
                     seconds = round(self.seconds, 2)
                     log.add(step=self.step, train_bits_per_byte=bits, lr=lr, seconds=seconds)
                 if self.step % args.eval_every == 0 or last:
@@ -259,7 +280,7 @@ def export_and_score(
     device = trainer.device
     metrics = {
         "command": command,
-        "settings": run_settings(args) | {"compile": args.compile},
+        "settings": run_settings(args) | {"compile": args.compile, "graph": args.graph},
         "steps_done": trainer.step,
         "tokens_seen": trainer.step * args.batch_size * args.seq_len,
         "seconds": round(trainer.seconds, 1),

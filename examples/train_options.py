@@ -29,8 +29,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Options that may differ when a run is resumed: they say where, how long and how to report.
 FREE_WHEN_RESUMED = {
     "preset", "text", "corpus", "include_tests", "out", "resume", "minutes", "device", "log_every",
-    "eval_every", "save_every", "compile", "loss_curve", "export", "export_dtype", "max_bytes",
-    "sample_prompt", "held_out_slice",
+    "eval_every", "save_every", "compile", "graph", "loss_curve", "export", "export_dtype",
+    "max_bytes", "sample_prompt", "held_out_slice",
 }  # fmt: skip
 
 
@@ -60,6 +60,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--minutes", type=float, help="stop early after this long")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.add_argument("--compile", action="store_true", help="torch.compile the training step")
+    group.add_argument(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a GPU, one CUDA graph for the training step (not with --amp fp16)",
+    )
     group = parser.add_argument_group("results")
     group.add_argument("--log-every", type=int, help="steps")
     group.add_argument("--eval-every", type=int, help="steps")
@@ -84,6 +90,8 @@ def parse_options(description: str, argv: Sequence[str] | None = None) -> argpar
     problem = _first_problem(args)
     if problem:
         parser.error(problem)
+    # fp16's loss scaling decides on the host about every step; there is no graph on the CPU.
+    args.graph = args.graph and args.amp != "fp16" and torch.device(args.device).type == "cuda"
     return args
 
 

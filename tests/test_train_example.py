@@ -320,6 +320,18 @@ class TestHeldOut:
         texts = [heldout.sample_text(model, "a", 20, temperature=1.0, seed=s) for s in (3, 3, 4)]
         assert texts[0] == texts[1] != texts[2]
 
+    def test_command_line_scores_the_held_out_files(self, finished, text):
+        out, metrics = finished
+        options = ["--model", str(out / "model"), "--text", str(text), "--device", "cpu"]
+        found = heldout.main([*options, "--dtype", "fp32", "bf16", "int8"])
+        want = metrics["heldout_bits_per_byte"]
+        assert found["fp32"] == pytest.approx(want["fp32"], rel=1e-6)
+        assert found["bf16"] == pytest.approx(want["bf16"], rel=1e-6)
+        assert (
+            found["int8"] == pytest.approx(want["fp32"], rel=1e-2)
+            and found["int8"] != found["fp32"]
+        )
+
     def test_nothing_to_score(self, finished):
         with pytest.raises(ValueError, match="no documents"):
             heldout.bits_per_byte(self.model(finished[0]), [])

@@ -99,7 +99,7 @@ def test_the_band_shows_a_gradient_that_is_off_by_ten_per_cent(name):
     assert distance(loss_curve("native", "cpu", wrong=name), kept_curve("reference", "cpu")) > BAND
 
 
-def test_curves_agree_with_the_reference_on_the_cpu(backend, device):
+def test_loss_curves_agree(backend, device):
     apart = distance(kept_curve(backend, device), kept_curve("reference", "cpu"))
     print(f"{backend} on {device}: {apart:.1e} from the reference on the CPU")
     assert apart <= BAND
