@@ -66,6 +66,7 @@ def saved_and_loaded(program: torch.export.ExportedProgram) -> nn.Module:
 @pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
 def test_forward_of_any_batch_and_length(strict, backend, device):
     model = model_on(device)
+    model(random_ids(2, 9, device=device))  # a backend that does not serve it says so here
     program = torch.export.export(
         model,
         (random_ids(2, 9, device=device),),
@@ -137,7 +138,8 @@ def test_a_fresh_process_runs_it_after_importing_the_package(tmp_path):
         "import torch, mamba_ssm.models.mixer_seq_simple\n"
         "ids, logits = torch.load('expected.pt')\n"
         "loaded = torch.export.load('model.pt2').module()\n"
-        "torch.testing.assert_close(loaded(ids).logits, logits)\n"
+        "with torch.no_grad():\n"
+        "    torch.testing.assert_close(loaded(ids).logits, logits)\n"
     )
     root = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
