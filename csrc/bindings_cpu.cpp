@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "bindings_common.h"
+#include "bindings_threads.h"
 #include "state_update/cpu/state_update.h"
 
 namespace mamba {
@@ -32,8 +33,8 @@ Tensor state_update(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tenso
   const int64_t rows = p.batch * p.heads * p.head_dim;
   // About 16k state elements (some 20 microseconds) make waking another thread worth it.
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.state_dim));
-  torch::stable::parallel_for(
-      0, rows, grain, [&p](int64_t begin, int64_t end) { state_update_cpu(p, begin, end); });
+  parallel_for(0, rows, grain,
+               [&p](int64_t begin, int64_t end) { state_update_cpu(p, begin, end); });
   return out;
 }
 

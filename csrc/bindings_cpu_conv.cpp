@@ -2,14 +2,13 @@
 #include <algorithm>
 
 #include "bindings_conv.h"
+#include "bindings_threads.h"
 #include "causal_conv1d/cpu/conv.h"
 #include "causal_conv1d/cpu/conv_plan.h"
 #include "common/reduce_rows.h"
 
 namespace mamba {
 namespace {
-
-using torch::stable::parallel_for;
 
 constexpr int64_t kGrain = 16384;  // elements that make waking another thread worth it
 

@@ -1,12 +1,11 @@
 // The fused decode step as a torch operator: one token of a whole model for a batch of rows.
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 
 #include "bindings_common.h"
+#include "bindings_threads.h"
 #include "decode/cpu/decode.h"
 #include "linear/cpu/pack.h"
 
@@ -130,12 +129,9 @@ int64_t count_of(const DecodeParams& p) {
   return (p.layers * layer + p.vocab * p.d_model) * std::max<int64_t>(1, p.batch);
 }
 
-// A child of a fork has none of its parent's threads, and a pool that does not know it would wait
-// for them forever: such a child works alone.
 int64_t usable_threads(const DecodeParams& p) {
   constexpr int64_t kWorkPerThread = 1 << 19;  // multiply-adds: some 30 microseconds
-  static const pid_t first_user = getpid();
-  if (getpid() != first_user) return 1;
+  if (in_forked_child()) return 1;
   const int64_t threads = torch::stable::get_num_threads();
   return std::max<int64_t>(1, std::min(threads, count_of(p) / kWorkPerThread));
 }
@@ -211,7 +207,7 @@ Tensor decode(Tensor ids, Tensor embedding, Tensor pack, Tensor layout,
   const DecodeKernels run = kernels();
   void* scratch = zeroed_scratch(run.scratch_bytes(p, threads));
   Team team(threads);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const int64_t member = team.join(end - begin);
     if (member >= 0) run.step(p, team, member, team.size(), scratch);
   });
@@ -242,9 +238,8 @@ void pack(Tensor weight, Tensor into) {
   w.data = into.data_ptr();
   const void* from = weight.data_ptr();
   const int64_t grain = std::max<int64_t>(1, 32768 / (kBlock * w.in));
-  torch::stable::parallel_for(0, w.blocks(), grain, [&](int64_t begin, int64_t end) {
-    pack_weight(w, from, in, begin, end);
-  });
+  parallel_for(0, w.blocks(), grain,
+               [&](int64_t begin, int64_t end) { pack_weight(w, from, in, begin, end); });
 }
 
 }  // namespace

@@ -2,13 +2,12 @@
 #include <algorithm>
 
 #include "bindings_norm.h"
+#include "bindings_threads.h"
 #include "common/reduce_rows.h"
 #include "norm/cpu/norm.h"
 
 namespace mamba {
 namespace {
-
-using torch::stable::parallel_for;
 
 constexpr int64_t kGrain = 16384;  // elements that make waking another thread worth it
 

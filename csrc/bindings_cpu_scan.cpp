@@ -1,5 +1,6 @@
 // The selective scan on the CPU as torch operators. Schemas live in mamba_ssm/ops/schema.py.
 #include "bindings_scan.h"
+#include "bindings_threads.h"
 #include "selective_scan/cpu/scan.h"
 
 namespace mamba {
@@ -44,16 +45,15 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(
   const ScanEvents events = scan_events(p);
   fill_unused_states(p, events);
   if (p.length > 0) {
-    torch::stable::parallel_for(0, p.batch * slices_per_row(p), 1, [&](int64_t begin, int64_t end) {
-      scan_forward(p, events, begin, end);
-    });
+    parallel_for(0, p.batch * slices_per_row(p), 1,
+                 [&](int64_t begin, int64_t end) { scan_forward(p, events, begin, end); });
   }
   return {out, final_state, chunk_states};
 }
 
 // to[i] = sum of `parts` rows of from, in order.
 void sum_rows(const float* from, int64_t parts, int64_t size, float* to) {
-  torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
+  parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) to[i] = 0.0f;
     for (int64_t part = 0; part < parts; ++part) {
       for (int64_t i = begin; i < end; ++i) to[i] += from[part * size + i];
@@ -151,8 +151,8 @@ ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Ten
   g.forward = p;
   const int64_t units = p.batch * slices_per_row(p);
   const int64_t grain = events.shared_starts ? std::max<int64_t>(1, units) : 1;
-  torch::stable::parallel_for(
-      0, units, grain, [&](int64_t begin, int64_t end) { scan_backward(g, events, begin, end); });
+  parallel_for(0, units, grain,
+               [&](int64_t begin, int64_t end) { scan_backward(g, events, begin, end); });
   Tensor total_dB = make.projection(dB, p.constant_B, B);
   Tensor total_dC = make.projection(dC, p.constant_C, C);
   return {du,
