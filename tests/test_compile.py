@@ -134,6 +134,35 @@ def test_training_steps_compile_once(device):
         assert_same(parameter.detach(), other.detach(), name, scale=4.0)
 
 
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_training_under_autocast(where, backend, device):
+    model = small_model(device)
+    ids = random_ids(2, 9, device=device)
+
+    def loss() -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=where == "inside"):
+            return model(ids, labels=ids).loss
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+
+    def run(call) -> dict[str, torch.Tensor]:
+        def work() -> torch.Tensor:
+            if where == "inside":
+                return call()
+            with torch.autocast(device, torch.bfloat16):
+                return call()
+
+        return run_with_grads(model, work)
+
+    actual, expected = run(compiled), run(loss)
+    if where == "inside":
+        assert_all_same(actual, expected)
+    # Outside, the compiler takes the whole backward under autocast too, which autograd does not.
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= 2.0**-7 * value.norm(), name
+    assert not torch.is_autocast_enabled(device)
+
+
 def test_one_inference_graph_serves_all_lengths(device):
     model = small_model(device)
     counter = CompileCounterWithBackend("aot_eager")

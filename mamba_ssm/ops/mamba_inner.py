@@ -120,6 +120,10 @@ class MambaInnerFn(torch.autograd.Function):
     def backward(ctx, dout):
         saved = list(ctx.saved_tensors)
         tensors = saved[: len(Args._fields)]
+        if torch.compiler.is_compiling():
+            # Where a backward first asks for strides, the tracer starts it again, without leaving
+            # the contexts that it stands in: so this is asked outside them.
+            dout.stride()
         with _without_autocast(dout.device.type):
             if saved[len(tensors)] is None or wants_double_backward():
                 grads = differentiable_backward(lambda *t: _compose(ctx, *t), tensors, (dout,))
