@@ -155,9 +155,10 @@ def test_training_under_autocast(where, backend, device):
         return run_with_grads(model, work)
 
     actual, expected = run(compiled), run(loss)
-    if where == "inside":
+    if where == "inside" and device == "cpu":
         assert_all_same(actual, expected)
-    # Outside, the compiler takes the whole backward under autocast too, which autograd does not.
+    # Outside, the compiler takes the whole backward under autocast too, which autograd does not;
+    # on a GPU the block asks for weight gradients in fp32 only where nothing is compiled.
     for name, value in expected.items():
         assert (actual[name] - value).norm() <= 2.0**-7 * value.norm(), name
     assert not torch.is_autocast_enabled(device)
