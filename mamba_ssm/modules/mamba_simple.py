@@ -298,7 +298,7 @@ class Mamba(nn.Module):
             C.transpose(1, 2),
             _at_least_fp32(self.D),
             z=z,
-            delta_bias=dt_bias,
+            delta_bias=_at_least_fp32(dt_bias),
             delta_softplus=True,
             return_last_state=return_state,
             **extra,
@@ -317,8 +317,8 @@ class Mamba(nn.Module):
         projected = self.x_proj(x).to(x.dtype)
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if is_plain(self.dt_proj, nn.Linear, DtProjection):
-            # The bias goes to the scan, which adds it in fp32.
-            return F.linear(dt, self.dt_proj.weight), B, C, _at_least_fp32(self.dt_proj.bias)
+            # The bias goes to the scan or the update, which add it in fp32.
+            return F.linear(dt, self.dt_proj.weight), B, C, self.dt_proj.bias
         return self.dt_proj(dt).to(x.dtype), B, C, None
 
     def _forward_cached(

@@ -174,6 +174,20 @@ __device__ __forceinline__ int64_t integer_at(const void* data, int bytes, int64
   }
 }
 
+// Four elements that this kernel may also write, so not through the read-only cache.
+template <typename T>
+__device__ __forceinline__ void load_own(float (&v)[4], const T* from) {
+  if constexpr (sizeof(T) == 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+  } else {
+    const uint2 words = *reinterpret_cast<const uint2*>(from);
+    const float2 low = halves_to_floats(words.x, std::is_same_v<T, __nv_bfloat16>);
+    const float2 high = halves_to_floats(words.y, std::is_same_v<T, __nv_bfloat16>);
+    v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
+  }
+}
+
 // A thread: one channel of one row.
 __global__ void __launch_bounds__(kConvThreads)
     update_kernel(const __grid_constant__ CudaConvUpdateParams c) {
@@ -227,6 +241,55 @@ __global__ void __launch_bounds__(kConvThreads)
   }
 }
 
+constexpr int kStepWidth = 4;
+
+// The usual decode step: one input, a window of four, everything of one dtype. A thread: one
+// channel of one row, whose window is one load and one store.
+template <typename T>
+__global__ void __launch_bounds__(kConvThreads)
+    update_one_kernel(const __grid_constant__ CudaConvUpdateParams c) {
+  const ConvUpdateParams& p = c.p;
+  const int64_t i = int64_t{blockIdx.x} * kConvThreads + threadIdx.x;
+  if (i >= p.batch * p.channels) return;
+  const int64_t row = i / p.channels, channel = i - row * p.channels;
+  T* state = static_cast<T*>(p.state.data) + row * p.state.stride[0] + channel * kStepWidth;
+  float window[kStepWidth], weight[kStepWidth];
+  load_own<T>(window, state);
+  load_own<T>(weight, static_cast<const T*>(p.weight.data) + channel * kStepWidth);
+  const T x = static_cast<const T*>(p.x.data)[row * p.x.stride[0] + channel * p.x.stride[1]];
+  float sum =
+      p.bias.data ? to_float(static_cast<const T*>(p.bias.data)[channel * p.bias.stride[0]]) : 0.0f;
+#pragma unroll
+  for (int k = 0; k + 1 < kStepWidth; ++k) window[k] = window[k + 1];
+  window[kStepWidth - 1] = to_float(x);
+#pragma unroll
+  for (int k = 0; k < kStepWidth; ++k) sum = fmaf(weight[k], window[k], sum);
+  if (p.silu) sum = conv_silu(sum);
+  store_aligned<kStepWidth>(window, state, p.state.dtype, 0);
+  static_cast<T*>(p.out.data)[i] = from_float<T>(sum);
+}
+
+bool updates_one(const CudaConvUpdateParams& c) {
+  const ConvUpdateParams& p = c.p;
+  const DType dtype = p.x.dtype;
+  const int64_t size = element_size(dtype), bytes = kStepWidth * size;
+  const auto fits = [bytes](const TensorArg& t) {
+    return reinterpret_cast<uintptr_t>(t.data) % bytes == 0;
+  };
+  return p.length == 1 && p.width == kStepWidth && p.columns == kStepWidth && !c.rows && !c.start &&
+         p.state.dtype == dtype && p.weight.dtype == dtype &&
+         (!p.bias.data || p.bias.dtype == dtype) && p.state.stride[2] == 1 &&
+         p.state.stride[1] == kStepWidth && p.state.stride[0] * size % bytes == 0 &&
+         p.weight.stride[1] == 1 && p.weight.stride[0] == kStepWidth && fits(p.state) &&
+         fits(p.weight);
+}
+
+template <typename T>
+void update_one(const CudaConvUpdateParams& c, cudaStream_t stream) {
+  const int64_t threads = c.p.batch * c.p.channels;
+  update_one_kernel<T><<<conv_blocks(threads), kConvThreads, 0, stream>>>(c);
+}
+
 }  // namespace
 
 const char* conv_fwd_cuda(const CudaConvParams& c, void* stream_handle) {
@@ -253,8 +316,16 @@ const char* conv_fwd_cuda(const CudaConvParams& c, void* stream_handle) {
 const char* conv_update_cuda(const CudaConvUpdateParams& c, void* stream_handle) {
   const int64_t threads = c.p.batch * c.p.channels;
   if (threads == 0) return nullptr;
-  update_kernel<<<conv_blocks(threads), kConvThreads, 0,
-                  static_cast<cudaStream_t>(stream_handle)>>>(c);
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  if (!updates_one(c)) {
+    update_kernel<<<conv_blocks(threads), kConvThreads, 0, stream>>>(c);
+  } else if (c.p.x.dtype == DType::kFloat16) {
+    update_one<__half>(c, stream);
+  } else if (c.p.x.dtype == DType::kBFloat16) {
+    update_one<__nv_bfloat16>(c, stream);
+  } else {
+    update_one<float>(c, stream);
+  }
   return conv_launched();
 }
 

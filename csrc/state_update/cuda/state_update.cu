@@ -1,6 +1,7 @@
 #include <cassert>
 
 #include "../../common/cuda_convert.cuh"
+#include "rows.cuh"
 #include "state_update.h"
 
 namespace mamba {
@@ -123,7 +124,19 @@ const char* state_update_cuda(const StateUpdateParams& p, void* stream_handle) {
   const bool usual = p.A.dtype == DType::kFloat32 && p.B.dtype == p.C.dtype &&
                      p.state.stride[3] == 1 && p.A.stride[2] == 1 && p.B.stride[2] == 1 &&
                      p.C.stride[2] == 1;
-  if (!usual) {
+  // Rows of the grid's second dimension are limited; so large a batch is no decode step.
+  if (state_rows_fit(p) && p.batch <= int64_t{kRowsEach} * 65535) {
+    switch (p.x.dtype) {
+      case DType::kFloat16:
+        launch_state_rows<__half>(p, stream);
+        break;
+      case DType::kBFloat16:
+        launch_state_rows<__nv_bfloat16>(p, stream);
+        break;
+      default:
+        launch_state_rows<float>(p, stream);
+    }
+  } else if (!usual) {
     launch<float, float, false>(p, stream);
   } else if (p.state.dtype == DType::kFloat16) {
     launch_for_input<__half>(p, stream);
