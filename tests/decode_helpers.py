@@ -68,7 +68,7 @@ def fused_step(model, ids, cache):
 
 def oracle_step(model, ids, cache):
     """The same in fp64 by the modules: (logits, cache)."""
-    wide = make_like(model).double()
+    wide = make_like(model).double().to(ids.device)
     with torch.no_grad():
         for block in wide.backbone.layers:
             block.residual_in_fp32 = block.fused_add_norm = False

@@ -338,8 +338,9 @@ def test_every_op_has_an_opcheck_test():
     assert found == set(NAMES)
 
 
-# Their arguments are a whole model: test_cpu_decode.py has them, and opcheck compares the fakes.
-_ON_MODELS = ("_decode_step", "_pack_weight")
+# Their arguments are a whole model: test_cpu_decode.py and test_cuda_decode.py have them, and
+# opcheck compares the fakes.
+_ON_MODELS = ("_decode_step", "_decode_step_weights", "_pack_weight")
 
 
 def _arguments(name: str, dtype: torch.dtype, full: bool) -> tuple:

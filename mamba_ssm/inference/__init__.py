@@ -1,4 +1,4 @@
-"""Models prepared for inference: decoding on the CPU from packed weights, int8 weights."""
+"""Models prepared for inference: fused decode steps on the CPU and on GPUs, int8 weights."""
 
 from mamba_ssm.inference.cpu_decoder import CpuDecoder, decoder_for, release, why_not
 from mamba_ssm.inference.int8 import Int8Linear, is_quantized, quantize_

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mamba_ssm.inference import cpu_decoder, is_quantized, quantize_
+from mamba_ssm.inference import cpu_decoder, cuda_decoder, is_quantized, quantize_
 from mamba_ssm.models.config_mamba import MambaConfig, check_attn_layer_idx
 from mamba_ssm.models.loss import chunked_cross_entropy, shifted_targets
 from mamba_ssm.models.outputs import CausalLMOutput, CausalLMOutputWithState, MixerModelOutput
@@ -324,15 +324,28 @@ class MambaLMHeadModel(nn.Module, GenerationMixin, GradientCheckpointing):
         """Decode caches of zeros, {layer index: cache}."""
         return self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
-    def decode_step(self) -> Callable[[torch.Tensor, dict[int, Any]], torch.Tensor] | None:
-        """What `generate` steps with on a CPU: step(ids (b,), caches) -> logits (b, V), or None.
+    def decode_step(
+        self, batch_size: int = 1
+    ) -> Callable[[torch.Tensor, dict[int, Any]], torch.Tensor] | None:
+        """What `generate` steps with: step(ids (b,), caches) -> logits (b, V), or None.
 
-        The fused step reads packed weights, made at the first call and again after the weights
-        changed: until ``release_inference_packs`` or ``train`` they double the weights' memory.
-        None where the modules have to be used; ``mamba_ssm.inference.why_not(model)`` says why.
+        On a GPU the fused step reads the model's weights where they are, for up to 16 rows. On a
+        CPU it reads packed weights, made at the first call and again after the weights changed:
+        until ``release_inference_packs`` or ``train`` they double the weights' memory. None where
+        the modules have to be used; ``why_not`` of ``mamba_ssm.inference.cpu_decoder`` or
+        ``.cuda_decoder`` says why.
         """
-        decoder = cpu_decoder.decoder_for(self)
+        if self.backbone.embedding.weight.is_cuda:
+            decoder = cuda_decoder.decoder_for(self, batch_size)
+        else:
+            decoder = cpu_decoder.decoder_for(self)
         return None if decoder is None else decoder.step
+
+    def steps_are_plain(self) -> bool:
+        """Whether a decode step on a GPU does only what this class defines: no hooks, adapters or
+        replaced parts that a captured step might leave out. `generate` then captures by itself.
+        """
+        return cuda_decoder.is_served(self)
 
     def release_inference_packs(self) -> None:
         """Free the packed copy of the weights that decoding on a CPU has made, if any."""
@@ -354,9 +367,9 @@ class MambaLMHeadModel(nn.Module, GenerationMixin, GradientCheckpointing):
             self.release_inference_packs()
         return super().train(mode)
 
-    def _graph_key(self) -> tuple[str, ...]:
-        """What else a captured decode step depends on: the backend that its kernels come from."""
-        return (backend.current(),)
+    def _graph_key(self, batch_size: int) -> tuple[str | None, ...]:
+        """What else a captured decode step depends on: where its kernels come from."""
+        return (backend.current(), cuda_decoder.why_not(self, batch_size))
 
     def forward(
         self,

@@ -48,6 +48,7 @@ SHIPPED_KERNELS = {
             "_add_norm_fwd",
             "_add_norm_bwd",
             "_state_update",
+            "_decode_step_weights",
         }
     ),
 }
@@ -108,6 +109,12 @@ def why_not_native(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     if dtype not in _FLOATS:
         return f"the {device_type} kernels take fp32, fp16 and bf16, not {dtype}"
     return None
+
+
+def why_not_decode(device: torch.device, dtype: torch.dtype, *sizes: int) -> str | None:
+    """Why a loaded CUDA library's fused decode step does not serve these sizes on a GPU, or None:
+    see ``native.decode_refusal``."""
+    return native.decode_refusal(device.index or 0, dtype, *sizes)
 
 
 def warn_once(key: str, message: str) -> None:

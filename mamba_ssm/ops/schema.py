@@ -154,6 +154,12 @@ def _decode_step_fake(ids, embedding, pack, layout, conv_states, ssm_states):
     return embedding.new_empty((ids.shape[0], embedding.shape[0]))
 
 
+def _decode_step_weights_fake(
+    ids, embedding, weights, eps, is_rms_norm, residual_dtype, conv_states, ssm_states
+):
+    return embedding.new_empty((ids.shape[0], weights[-1].shape[0]))
+
+
 OPS: tuple[Op, ...] = (
     Op(
         "_selective_scan_fwd",
@@ -242,6 +248,15 @@ OPS: tuple[Op, ...] = (
         "in the embedding's dtype; each layer's states (b,d,w) and (b,d,n) are moved on in place",
         _ref_decode.decode_step,
         _decode_step_fake,
+    ),
+    Op(
+        "_decode_step_weights",
+        "(Tensor ids, Tensor embedding, Tensor[] weights, float eps, bool is_rms_norm, "
+        "ScalarType residual_dtype, Tensor(a!)[] conv_states, Tensor(b!)[] ssm_states) -> Tensor",
+        "_decode_step from the model's own weights, as ops/decode_weights.py lists them: ids (b,) "
+        "-> logits (b, vocab)",
+        _ref_decode.decode_step_weights,
+        _decode_step_weights_fake,
     ),
     Op(
         "_pack_weight",

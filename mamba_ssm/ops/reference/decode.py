@@ -1,7 +1,7 @@
-"""One decode step of a whole language model from its pack, in pure PyTorch.
+"""One decode step of a whole language model, from its pack or its weights, in pure PyTorch.
 
-It is the oracle of the fused kernel and computes in fp32 from the packed weights; nothing else
-needs it, because a model that is not packed decodes through its modules.
+It is the oracle of the fused kernels and computes in fp32; nothing else needs it, because a model
+that they do not serve decodes through its modules.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..decode_layout import (
     unpack_weight,
     visit,
 )
+from ..decode_weights import LAYER_WEIGHTS
 
 _LOG2_E = 1.4426950408889634
 
@@ -109,6 +110,23 @@ def _layer_step(parts: Any, sizes: Sizes, x: Tensor, conv: Tensor, ssm: Tensor) 
     return parts("out_proj")(y * F.silu(z))
 
 
+def _model_step(
+    parts: dict[tuple[int | None, str], Any],
+    sizes: Sizes,
+    ids: Tensor,
+    embedding: Tensor,
+    states: Sequence[tuple[Tensor, Tensor]],
+) -> Tensor:
+    residual, hidden = embedding[ids].float(), None
+    for i, (conv, ssm) in enumerate(states):
+        total = residual if hidden is None else residual + hidden
+        x = parts[i, "norm"](total)
+        residual = total.to(sizes.residual_dtype).float()
+        hidden = _layer_step(lambda name, i=i: parts[i, name], sizes, x, conv, ssm)
+    x = parts[None, "norm_f"](residual + hidden)
+    return parts[None, "lm_head"](x).to(embedding.dtype)
+
+
 def decode_step(
     ids: Tensor,
     embedding: Tensor,
@@ -119,19 +137,66 @@ def decode_step(
 ) -> Tensor:
     """Internal op ``_decode_step``: see ``ops/schema.py`` for shapes."""
     reader = _Reader(pack, layout)
-    sizes, parts = reader.sizes, reader.parts
-    residual, hidden = embedding[ids].float(), None
-    for i in range(sizes.layers + 1):
-        total = residual if hidden is None else residual + hidden
-        last = i == sizes.layers
-        x = parts[(None, "norm_f") if last else (i, "norm")](total)
-        if last:
-            return parts[None, "lm_head"](x).to(embedding.dtype)
-        residual = total.to(sizes.residual_dtype).float()
-        hidden = _layer_step(
-            lambda name, i=i: parts[i, name], sizes, x, conv_states[i], ssm_states[i]
-        )
-    raise AssertionError("a model has a last layer")
+    states = list(zip(conv_states, ssm_states, strict=True))
+    return _model_step(reader.parts, reader.sizes, ids, embedding, states)
+
+
+def _layer_parts(weights: Sequence[Tensor], eps: float, is_rms: bool) -> dict[str, Any]:
+    w = {name: _given(t) for name, t in zip(LAYER_WEIGHTS, weights, strict=True)}
+    d_inner = w["D"].shape[0]
+    x, z = slice(0, d_inner), slice(d_inner, None)
+    bias = w["in_bias"]
+    return {
+        "norm": _Norm(w["norm_weight"], w["norm_bias"], eps, is_rms),
+        "in_x": _Linear(w["in_proj"][x], None if bias is None else bias[x]),
+        "in_z": _Linear(w["in_proj"][z], None if bias is None else bias[z]),
+        "conv_weight": w["conv_weight"].squeeze(1).t(),
+        "conv_bias": w["conv_bias"],
+        "x_proj": _Linear(w["x_proj"], None),
+        "dt_proj": _Linear(w["dt_proj"], w["dt_bias"]),
+        "A": -torch.exp(w["A_log"]) * _LOG2_E,
+        "D": w["D"],
+        "out_proj": _Linear(w["out_proj"], w["out_bias"]),
+    }
+
+
+def _given(t: Tensor) -> Tensor | None:
+    return t.float() if t.numel() else None
+
+
+def decode_step_weights(
+    ids: Tensor,
+    embedding: Tensor,
+    weights: Sequence[Tensor],
+    eps: float,
+    is_rms_norm: bool,
+    residual_dtype: torch.dtype,
+    conv_states: Sequence[Tensor],
+    ssm_states: Sequence[Tensor],
+) -> Tensor:
+    """Internal op ``_decode_step_weights``: see ``ops/schema.py`` for shapes."""
+    count = len(LAYER_WEIGHTS)
+    parts: dict[tuple[int | None, str], Any] = {}
+    for i in range(len(conv_states)):
+        layer = _layer_parts(weights[i * count : (i + 1) * count], eps, is_rms_norm)
+        parts |= {(i, name): part for name, part in layer.items()}
+    norm_weight, norm_bias, lm_head = (_given(t) for t in weights[len(conv_states) * count :])
+    parts[None, "norm_f"] = _Norm(norm_weight, norm_bias, eps, is_rms_norm)
+    parts[None, "lm_head"] = _Linear(lm_head, None)
+    d_conv, d_state = conv_states[0].shape[-1], ssm_states[0].shape[-1]
+    sizes = Sizes(
+        layers=len(conv_states),
+        d_model=embedding.shape[1],
+        d_inner=conv_states[0].shape[1],
+        d_state=d_state,
+        d_conv=d_conv,
+        dt_rank=weights[LAYER_WEIGHTS.index("dt_proj")].shape[1],
+        vocab=lm_head.shape[0],
+        is_rms_norm=is_rms_norm,
+        residual_dtype=residual_dtype,
+    )
+    states = list(zip(conv_states, ssm_states, strict=True))
+    return _model_step(parts, sizes, ids, embedding, states)
 
 
 def pack_weight(weight: Tensor, into: Tensor) -> None:

@@ -1,0 +1,139 @@
+"""Decoding on a GPU: one native call for each token, from the model's own weights.
+
+`generate` uses it by itself where it applies, and the model's modules where it does not
+(:func:`why_not` says why). The weights are read where they are, so nothing is copied and nothing
+can go stale: a step made for other weights is a step of another model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamba_ssm.inference.served import NotServed, check_model, check_process
+from mamba_ssm.ops import backend
+
+_OP = "_decode_step_weights"
+
+
+def _layer_weights(block: nn.Module) -> list[Tensor | None]:
+    """In the order of ``ops.decode_weights.LAYER_WEIGHTS``."""
+    mixer = block.mixer
+    return [
+        block.norm.weight,
+        block.norm.bias,
+        mixer.in_proj.weight,
+        mixer.in_proj.bias,
+        mixer.conv1d.weight,
+        mixer.conv1d.bias,
+        mixer.x_proj.weight,
+        mixer.dt_proj.weight,
+        mixer.dt_proj.bias,
+        mixer.A_log,
+        mixer.D,
+        mixer.out_proj.weight,
+        mixer.out_proj.bias,
+    ]
+
+
+def _check_sizes(model: nn.Module, tensors: list[Tensor], batch_size: int) -> None:
+    backbone = model.backbone
+    mixers = [block.mixer for block in backbone.layers]
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        raise NotServed("the weights are on more than one GPU")
+    if any(not t.is_contiguous() or t.data_ptr() % 16 for t in tensors):
+        raise NotServed("not all weights are contiguous and aligned to 16 bytes")
+    for name in ("A_log", "D"):
+        if len({getattr(mixer, name).dtype for mixer in mixers}) > 1:
+            raise NotServed(f"{name} has several dtypes")
+    if len({norm.eps for norm in (backbone.norm_f, *(b.norm for b in backbone.layers))}) > 1:
+        raise NotServed("the norms differ in eps")
+    if model.lm_head.bias is not None:
+        raise NotServed("lm_head has a bias")
+    weight, mixer = backbone.embedding.weight, mixers[0]
+    if model.lm_head.weight.shape != weight.shape:
+        raise NotServed("lm_head and the embedding have different shapes")
+    if mixer.D.dim() != 1:
+        raise NotServed("D is not one number for each channel")
+    reason = backend.why_not_decode(
+        weight.device,
+        weight.dtype,
+        batch_size,
+        len(mixers),
+        weight.shape[1],
+        mixer.d_inner,
+        mixer.d_state,
+        mixer.d_conv,
+        mixer.dt_rank,
+    )
+    if reason is not None:
+        raise NotServed(reason)
+
+
+class CudaDecoder:
+    """The step of one model as it is now. Make it with :func:`decoder_for`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        backbone = model.backbone
+        self.embedding = backbone.embedding.weight.detach()
+        absent = self.embedding.new_empty(0)
+        tensors = [t for block in backbone.layers for t in _layer_weights(block)]
+        tensors += [backbone.norm_f.weight, backbone.norm_f.bias, model.lm_head.weight]
+        self.weights = [absent if t is None else t.detach() for t in tensors]
+        self.n_layer = len(backbone.layers)
+        self.eps = backbone.norm_f.eps
+        self.is_rms_norm = not isinstance(backbone.norm_f, nn.LayerNorm)
+        fp32 = backbone.residual_in_fp32
+        self.residual_dtype = torch.float32 if fp32 else self.embedding.dtype
+        self._step = torch.ops.mamba_ssm._decode_step_weights.default
+
+    def step(self, ids: Tensor, caches: dict[int, Any]) -> Tensor:
+        """Consume one token for each row.
+
+        Args:
+            ids: (b,) int64 on the model's device. An id outside the vocabulary makes its row NaN.
+            caches: {layer index: (conv (b, d_inner, d_conv), ssm (b, d_inner, d_state))}, as the
+                model's ``allocate_inference_cache`` makes them; updated in place.
+
+        Returns the logits (b, vocabulary) in the weights' dtype. Raises RuntimeError for caches of
+        another shape, dtype or device than the first layer's.
+        """
+        layers = [caches[i] for i in range(self.n_layer)]
+        conv, ssm = [layer[0] for layer in layers], [layer[1] for layer in layers]
+        return self._step(
+            ids, self.embedding, self.weights, self.eps, self.is_rms_norm, self.residual_dtype,
+            conv, ssm,
+        )  # fmt: skip
+
+
+def why_not(model: nn.Module, batch_size: int = 1) -> str | None:
+    """Why a decode step of this model goes through its modules now, or None if it does not."""
+    if torch.is_grad_enabled():
+        return "gradients are enabled"
+    try:
+        check_process(_OP, "cuda")
+        _check_sizes(model, check_model(model, "cuda", with_int8=False), batch_size)
+    except NotServed as reason:
+        return str(reason)
+    return None
+
+
+def is_served(model: nn.Module) -> bool:
+    """Whether decoding may bypass the model's modules: they are plain, and nothing watches them.
+
+    Such a model's step can be captured by itself; a larger batch than the fused step's too.
+    """
+    try:
+        check_process(_OP, "cuda")
+        check_model(model, "cuda", with_int8=False)
+    except (NotServed, AttributeError):
+        return False
+    return True
+
+
+def decoder_for(model: nn.Module, batch_size: int) -> CudaDecoder | None:
+    """The model's step for this many rows; None where the modules are used, see :func:`why_not`."""
+    return CudaDecoder(model) if why_not(model, batch_size) is None else None
