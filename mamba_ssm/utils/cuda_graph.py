@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mamba_ssm.utils.generation_state import InferenceParams
 
 Run = Callable[[Tensor, Tensor, int], Tensor]
+T = TypeVar("T")
 
 
 @dataclass
@@ -29,6 +30,7 @@ class DecodingCGCache:
         inference_params: the caches that the graphs read and write.
         run: picks the callable that fits its input_ids.
         key: everything else that a capture depends on: see `_capture_key`.
+        choosers: captured choices of the next token, by their settings.
     """
 
     max_batch_size: int = 0
@@ -40,6 +42,7 @@ class DecodingCGCache:
     inference_params: InferenceParams | None = None
     run: Run | None = None
     key: tuple = ()
+    choosers: dict[tuple, Any] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -79,7 +82,7 @@ def update_graph_cache(
     if has_attention(model):
         raise ValueError("CUDA graphs do not serve models with attention layers: pass cg=False")
     max_seqlen = max(max_seqlen, seqlen_og + max(decoding_seqlens))
-    key = _capture_key(model)
+    key = _capture_key(model, batch_size)
     fits = (
         cache is not None
         and (cache.device, cache.dtype, cache.key) == (device, dtype, key)
@@ -144,7 +147,13 @@ def capture_graph(
     # Anything > 0 selects the decode path; this is the last position that fits.
     inference_params.seqlen_offset = max(1, max_seqlen - decoding_seqlen)
 
+    make = getattr(model, "decode_step", None)
+    fused = make(batch_size) if make is not None and decoding_seqlen == 1 else None
+
     def step() -> Tensor:
+        if fused is not None:
+            caches = inference_params.key_value_memory_dict
+            return fused(input_ids.view(-1), caches).unsqueeze(1)
         return model(
             input_ids,
             position_ids=position_ids,
@@ -153,17 +162,7 @@ def capture_graph(
         ).logits
 
     try:
-        with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(max(1, n_warmups)):
-                    step()
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=mempool):
-                logits = step()
+        graph, logits = record(step, device, mempool, n_warmups)
     finally:
         inference_params.seqlen_offset = offset_before
 
@@ -175,14 +174,50 @@ def capture_graph(
         graph.replay()
         return logits.clone()
 
+    run.input_ids, run.logits, run.graph = input_ids, logits, graph
     return run
 
 
-def _capture_key(model: nn.Module) -> tuple:
+def record(
+    step: Callable[[], T],
+    device: torch.device,
+    mempool: Any = None,
+    n_warmups: int = 2,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Run `step` a few times, then capture it: (graph, what the captured run returned).
+
+    Weights that autocast converts are converted by the graph itself at every replay: a cached copy
+    would be gone, or that of older weights, by then. `generator`, and torch's global one, may draw
+    in the step; a replay moves them on as the step itself would.
+    """
+    autocast = torch.autocast(
+        "cuda",
+        dtype=torch.get_autocast_dtype("cuda"),
+        enabled=torch.is_autocast_enabled("cuda"),
+        cache_enabled=False,
+    )
+    with torch.cuda.device(device), autocast:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(max(1, n_warmups)):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, pool=mempool):
+            result = step()
+    return graph, result
+
+
+def _capture_key(model: nn.Module, batch_size: int) -> tuple:
     """The memory that a graph reads, autocast, and what the model adds in `_graph_key()`."""
     addresses = tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
     autocast = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
-    extra = model._graph_key() if hasattr(model, "_graph_key") else ()
+    extra = model._graph_key(batch_size) if hasattr(model, "_graph_key") else ()
     return (addresses, autocast, extra)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_ssm.utils.choosing import Choice, Chooser, GraphedSteps
 from mamba_ssm.utils.cuda_graph import update_graph_cache
 from mamba_ssm.utils.generation_state import (
     GenerationState,
@@ -18,7 +19,7 @@ from mamba_ssm.utils.generation_state import (
     restore_rows,
     snapshot_rows,
 )
-from mamba_ssm.utils.sampling import check_sampling_arguments, penalise_seen_, sample
+from mamba_ssm.utils.sampling import check_sampling_arguments
 from mamba_ssm.utils.text_stream import StopStrings, check_stop_strings
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -44,7 +45,7 @@ class DecodeRequest:
     eos_token_id: int | Sequence[int] | Tensor | None = None
     teacher_outputs: Tensor | None = None
     vocab_size: int | None = None
-    cg: bool = False
+    cg: bool | None = None
     enable_timing: bool = False
     output_scores: bool = False
     streamer: Any = None
@@ -66,6 +67,9 @@ class DecodeRequest:
         self._check_prompt()
         self._check_mask()
         self._check_others()
+        if self.cg is None:
+            plain = getattr(self.model, "steps_are_plain", None)
+            self.cg = self.input_ids.is_cuda and plain is not None and plain()
         eos = self.eos_token_id
         if isinstance(eos, Tensor):
             eos = eos.flatten().tolist()
@@ -157,23 +161,14 @@ class DecodeLoop:
         self.device = request.input_ids.device
         self.ids, self.mask = _left_padded(request)
         self.limit = max(1, request.max_length - self.prompt_length)
-        self.new: list[Tensor] = []
         self.scores: list[Tensor] = []
-        self.finished = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
-        self.last = self.ids[:, -1]
-        self.seen: Tensor | None = None
+        self.appended = 0
+        self.chooser: Chooser | None = None
         self.snapshots: list[tuple[Tensor, dict]] = []
         self.native: Callable[[Tensor, dict[int, Any]], Tensor] | bool | None = None
-        self.generator = None
-        if request.seed is not None:
-            self.generator = torch.Generator(self.device).manual_seed(request.seed)
         self.stops = None
         if request.stop_strings is not None:
             self.stops = StopStrings(request.stop_strings, request.tokenizer, self._contexts())
-        self.eos = torch.tensor(request.eos, dtype=torch.long, device=self.device)
-        known = 0 if request.state is None else request.state.tokens_seen.to(self.device) - 1
-        valid = self.ids.shape[1] if self.mask is None else self.mask.sum(dim=1)
-        self.tokens_seen = torch.zeros_like(self.last) + known + valid
 
     def _contexts(self) -> list[list[int]]:
         tail = self.ids[:, -_DECODER_CONTEXT:].tolist()
@@ -190,15 +185,59 @@ class DecodeLoop:
                 r.streamer.put(r.input_ids.cpu())
             self._prepare_caches()
             logits = self._prefill()
-            self._note_seen(logits.shape[-1])
-            while True:
-                self._append(logits[:, : r.vocab_size])
-                if len(self.new) == self.limit or self._all_finished():
-                    break
-                logits = self._step(self.new[-1])
+            steps = self._prepare_chooser(logits.shape[-1])
+            self._append(logits)
+            if steps is not None:
+                self._run_graphs(steps)
+            else:
+                for _ in range(1, self.limit):
+                    if self._all_finished():
+                        break
+                    self._append(self._step(self.chooser.tokens.unsqueeze(1)))
         finally:
             if r.streamer is not None:
                 r.streamer.end()
+
+    def _prepare_chooser(self, vocab: int) -> GraphedSteps | None:
+        """Make the chooser; the captured steps, where nothing needs the host at every token."""
+        r = self.r
+        choice = Choice(
+            top_k=r.top_k,
+            top_p=r.top_p,
+            min_p=r.min_p,
+            temperature=r.temperature,
+            repetition_penalty=r.repetition_penalty,
+            vocab_size=r.vocab_size,
+            eos=tuple(r.eos),
+            pad=r.pad,
+            keeps_seen=r.repetition_penalty != 1.0 or r.return_state,
+            ends=bool(r.eos) or self.stops is not None,
+        )
+        generator = None
+        if r.seed is not None:
+            generator = torch.Generator(self.device).manual_seed(r.seed)
+        steps = None
+        by_host = self.stops is not None or r.output_scores or r.teacher_outputs is not None
+        if self.graph is not None and not (by_host or (r.return_state and r.eos)):
+            steps = GraphedSteps(self.graph, choice, self.limit, generator, r.seed)
+            self.chooser = steps.chooser
+        else:
+            size = (self.batch, vocab, self.limit)
+            self.chooser = Chooser(choice, *size, self.device, generator)
+        known = 0 if r.state is None else r.state.tokens_seen.to(self.device) - 1
+        valid = self.ids.shape[1] if self.mask is None else self.mask.sum(dim=1)
+        last = self.ids[:, -1]
+        self.chooser.start(last, torch.zeros_like(last) + known + valid, self._seen(vocab))
+        return steps
+
+    def _run_graphs(self, steps: GraphedSteps) -> None:
+        put = None
+        if self.r.streamer is not None:
+
+            def put(tokens: Tensor) -> None:
+                self.r.streamer.put(tokens.to("cpu", copy=True))
+
+        self.params.seqlen_offset += steps.run(self.limit - 1, put)
 
     def _prepare_caches(self) -> None:
         r = self.r
@@ -261,70 +300,63 @@ class DecodeLoop:
     def _native_step(self) -> Callable[[Tensor, dict[int, Any]], Tensor] | bool:
         """The model's own way to take one step, or False where it has to be called."""
         make = getattr(self.r.model, "decode_step", None)
-        if self.device.type != "cpu" or make is None:
+        if make is None:
             return False
-        return make() or False
+        return make(self.batch) or False
 
-    def _note_seen(self, vocab: int) -> None:
+    def _seen(self, vocab: int) -> Tensor | None:
+        """Which tokens the prompt and the state that it continues contain, if that is needed."""
         if self.r.repetition_penalty == 1.0 and not self.r.return_state:
-            return
-        self.seen = torch.zeros(self.batch, vocab, dtype=torch.bool, device=self.device)
+            return None
+        seen = torch.zeros(self.batch, vocab, dtype=torch.bool, device=self.device)
         if self.r.state is not None:
-            self.seen |= self.r.state.seen.to(self.device)
+            seen |= self.r.state.seen.to(self.device)
         ids = self.ids
         if self.mask is not None:
             ids = torch.where(self.mask, ids, ids[:, -1:])
-        self.seen.scatter_(1, ids, True)
+        return seen.scatter_(1, ids, True)
 
     def _append(self, logits: Tensor) -> None:
         """Choose each row's next token from logits (b, vocab) and note which rows it finishes."""
-        r = self.r
+        r, chooser = self.r, self.chooser
         if r.output_scores:
-            self.scores.append(logits)
-        position = self.prompt_length + len(self.new)
+            self.scores.append(logits[:, : r.vocab_size])
+        forced, position = None, self.prompt_length + self.appended
         if r.teacher_outputs is not None and position < r.teacher_outputs.shape[1]:
-            tokens = r.teacher_outputs[:, position].to(self.device)
-        else:
-            if r.repetition_penalty != 1.0:
-                seen = self.seen[:, : logits.shape[1]]
-                logits = penalise_seen_(logits.clone(), seen, r.repetition_penalty)
-            tokens = sample(
-                logits, r.top_k, r.top_p, r.min_p, r.temperature, generator=self.generator
-            )
-        self.last = torch.where(self.finished, self.last, tokens)
-        self.tokens_seen += ~self.finished
-        tokens = torch.where(self.finished, r.pad, tokens)
-        self.new.append(tokens.unsqueeze(1))
-        if self.seen is not None:
-            self.seen.scatter_(1, self.last.unsqueeze(1), True)
+            forced = r.teacher_outputs[:, position].to(self.device)
+        watched = self.stops is not None or (r.eos and r.return_state)
+        before = chooser.finished.clone() if watched else None
+        tokens = chooser.choose(logits, forced)
+        self.appended += 1
         if r.streamer is not None:
-            r.streamer.put(tokens.cpu())
-        if r.eos or self.stops is not None:
-            self._finish_rows(tokens)
+            r.streamer.put(tokens.to("cpu", copy=True))
+        if watched:
+            self._finish_rows(tokens, before)
 
-    def _finish_rows(self, tokens: Tensor) -> None:
-        ending = torch.isin(tokens, self.eos)
+    def _finish_rows(self, tokens: Tensor, before: Tensor) -> None:
+        finished = self.chooser.finished
         if self.stops is not None:
-            done = self.finished.tolist()
+            done = before.tolist()
             hits = [
                 not d and self.stops.push(i, t)
                 for i, (t, d) in enumerate(zip(tokens.tolist(), done, strict=True))
             ]
-            ending |= torch.tensor(hits, dtype=torch.bool, device=self.device)
-        ending &= ~self.finished
-        self.finished |= ending
+            finished |= torch.tensor(hits, dtype=torch.bool, device=self.device)
+        ending = finished & ~before
         # The others go on, and feed padding into this row's state: keep it as it is now.
         if self.r.return_state and bool(ending.any()) and not self._all_finished():
             rows = ending.nonzero().flatten()
             self.snapshots.append((rows, snapshot_rows(self.params.key_value_memory_dict, rows)))
 
     def _all_finished(self) -> bool:
-        return bool(self.r.eos or self.stops is not None) and bool(self.finished.all())
+        return bool(self.r.eos or self.stops is not None) and bool(self.chooser.finished.all())
 
     def result(self) -> dict[str, Any]:
         """sequences, scores and state; ordinary tensors that training code can use as well."""
         r = self.r
-        sequences = torch.cat([r.input_ids.long(), *self.new], dim=1)
+        # Graphs may have taken some steps after the last row was finished.
+        count = int(self.chooser.count) if self.graph is not None else self.appended
+        sequences = torch.cat([r.input_ids.long(), self.chooser.history[:, :count]], dim=1)
         scores = tuple(s.clone() for s in self.scores) if r.output_scores else None
         return {"sequences": sequences, "scores": scores, "state": self._state()}
 
@@ -337,10 +369,10 @@ class DecodeLoop:
                 restore_rows(cache, rows, saved)
         return GenerationState(
             caches=clone_cache(cache),
-            pending=self.last.unsqueeze(1).clone(),
-            tokens_seen=self.tokens_seen.clone(),
+            pending=self.chooser.last.unsqueeze(1).clone(),
+            tokens_seen=self.chooser.tokens_seen.clone(),
             seqlen_offset=self.params.seqlen_offset,
-            seen=self.seen.clone(),
+            seen=self.chooser.seen.clone(),
         )
 
 

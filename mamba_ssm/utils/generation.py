@@ -85,7 +85,10 @@ def decode(
         teacher_outputs: (batch, n) int64: position i < n of the result is forced to be
             `teacher_outputs[:, i]`; later positions are sampled.
         vocab_size: ignore the logits from there on (a padded vocabulary).
-        cg: replay decode steps as a CUDA graph; accepted and without meaning on other devices.
+        cg: replay decode steps and the choice of tokens as CUDA graphs, captured once for a batch
+            size, dtype and set of weights; without meaning on other devices. `generate` does so by
+            itself for a plain model on a GPU unless told `cg=False`. Stop strings, scores, forced
+            tokens, and a state wanted back from rows that may end, take the plain loop.
         enable_timing: print the time of prefill and decoding together.
         output_scores: return each new token's logits, before penalty and filters.
         streamer: object with `put(tensor on the CPU)` for the prompt and for each step's tokens,

@@ -1,0 +1,176 @@
+"""Choosing each row's next token from logits, and keeping track of which rows are finished.
+
+Everything stays on the device, in tensors that are written in place, so that the same code runs
+token by token and as a CUDA graph (:class:`GraphedSteps`), where the host looks in only now and
+then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba_ssm.utils.cuda_graph import DecodingCGCache, record
+from mamba_ssm.utils.sampling import penalise_seen_, sample
+
+# Tokens between two looks at whether every row is finished.
+_LOOK_EVERY = 8
+# Captured choosers that a model's graph cache keeps.
+_MAX_CHOOSERS = 4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How tokens are chosen; the arguments of `decode`, where they are described."""
+
+    top_k: int
+    top_p: float
+    min_p: float
+    temperature: float
+    repetition_penalty: float
+    vocab_size: int | None
+    eos: tuple[int, ...]
+    pad: int
+    keeps_seen: bool
+    ends: bool  # rows may be finished, by eos or by who looks at the text
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws numbers."""
+        return self.top_k != 1 and self.temperature != 0.0
+
+
+class Chooser:
+    """The rows of one generation: what was chosen last and who is finished.
+
+    Attributes:
+        tokens: (b,) int64, what the last call chose; padding in rows that were finished before.
+        last: (b,) int64, each row's last token that is no padding.
+        finished: (b,) bool.
+        tokens_seen: (b,) int64, tokens of each row, those that it was started with included.
+        seen: (b, vocab) bool, the tokens that occurred, or None where nothing needs them.
+        count: () int64, the calls that found a row unfinished.
+        history: (b, capacity) int64, the tokens of those calls.
+    """
+
+    def __init__(
+        self,
+        choice: Choice,
+        batch: int,
+        vocab: int,
+        capacity: int,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.choice, self.generator = choice, generator
+        long = {"dtype": torch.long, "device": device}
+        self.eos = torch.tensor(choice.eos, **long)
+        self.tokens, self.last = torch.zeros(batch, **long), torch.zeros(batch, **long)
+        self.tokens_seen = torch.zeros(batch, **long)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.count = torch.zeros((), **long)
+        self.history = torch.zeros(batch, capacity, **long)
+        self.seen = None
+        if choice.keeps_seen:
+            self.seen = torch.zeros(batch, vocab, dtype=torch.bool, device=device)
+
+    def start(self, last: Tensor, tokens_seen: Tensor, seen: Tensor | None) -> None:
+        """Begin a generation: each row's last token, its tokens so far, those that occurred."""
+        self.last.copy_(last)
+        self.tokens_seen.copy_(tokens_seen)
+        self.finished.zero_()
+        self.count.zero_()
+        if self.seen is not None:
+            self.seen.copy_(seen)
+
+    def choose(self, logits: Tensor, forced: Tensor | None = None) -> Tensor:
+        """The next token of each row from logits (b, vocab), or ``forced`` (b,) instead."""
+        choice = self.choice
+        if forced is None:
+            logits = logits[:, : choice.vocab_size]
+            if choice.repetition_penalty != 1.0:
+                seen = self.seen[:, : logits.shape[1]]
+                logits = penalise_seen_(logits.clone(), seen, choice.repetition_penalty)
+            forced = sample(
+                logits,
+                choice.top_k,
+                choice.top_p,
+                choice.min_p,
+                choice.temperature,
+                generator=self.generator,
+            )
+        self._note(forced)
+        return self.tokens
+
+    def _note(self, tokens: Tensor) -> None:
+        if not self.choice.ends and self.seen is None:
+            # Without ends no row pads: the common case, in few operations.
+            self.tokens.copy_(tokens)
+            self.last.copy_(tokens)
+            self.tokens_seen += 1
+        else:
+            torch.where(self.finished, self.last, tokens, out=self.last)
+            self.tokens_seen += ~self.finished
+            self.tokens.copy_(torch.where(self.finished, self.choice.pad, tokens))
+        position = self.count.expand(len(self.tokens), 1)
+        self.history.scatter_(1, position, self.tokens.unsqueeze(1))
+        self.count += ~self.finished.all() if self.choice.ends else 1
+        if self.seen is not None:
+            self.seen.scatter_(1, self.last.unsqueeze(1), True)
+        if self.choice.eos:
+            self.finished |= torch.isin(self.tokens, self.eos)
+
+
+class GraphedSteps:
+    """Decode steps and choices replayed as CUDA graphs, without a look from the host in between.
+
+    Made from a graph cache whose step for this batch is captured. What the choice captured is kept
+    there as well, so later calls with the same settings replay it.
+    """
+
+    def __init__(
+        self, cache: DecodingCGCache, choice: Choice, limit: int, generator: Any, seed: int | None
+    ) -> None:
+        self.cache = cache
+        self.step = cache.callables[cache.max_batch_size, 1]
+        logits = self.step.logits[:, 0]
+        key = (choice, generator is not None)
+        entry = cache.choosers.pop(key, None)
+        if entry is None or entry[0].history.shape[1] < limit:
+            batch, vocab = logits.shape
+            capacity = max(64, 1 << (limit - 1).bit_length())
+            chooser = Chooser(choice, batch, vocab, capacity, logits.device, generator)
+            state = None
+            if generator is None and choice.is_random:
+                state = torch.cuda.get_rng_state(logits.device)
+            graph, _ = record(lambda: chooser.choose(logits), logits.device, cache.mempool,
+                              generator=generator)  # fmt: skip
+            if state is not None:
+                torch.cuda.set_rng_state(state, logits.device)  # the warm-up drew numbers
+            entry = (chooser, graph)
+            while len(cache.choosers) >= _MAX_CHOOSERS:
+                cache.choosers.pop(next(iter(cache.choosers)))
+        cache.choosers[key] = entry
+        self.chooser, self.graph = entry
+        if seed is not None:
+            self.chooser.generator.manual_seed(seed)
+
+    def run(self, count: int, on_token: Any = None) -> int:
+        """Up to ``count`` steps after a first token was chosen; how many were taken.
+
+        Stops soon after every row is finished. ``on_token(tokens (b,))`` sees each step's choice.
+        """
+        tokens, ids = self.chooser.tokens, self.step.input_ids
+        for step in range(count):
+            look = step % _LOOK_EVERY == 0 or on_token is not None
+            if self.chooser.choice.ends and look and bool(self.chooser.finished.all()):
+                return step
+            ids.copy_(tokens.unsqueeze(1))
+            self.step.graph.replay()
+            self.graph.replay()
+            if on_token is not None:
+                on_token(tokens)
+        return count
