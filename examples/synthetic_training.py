@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from graphed import GraphedStep
 from synthetic_tasks import InductionHeads, SelectiveCopying
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from mamba_ssm.utils.graphed_step import GraphedStep
 
 Task = SelectiveCopying | InductionHeads
 NEVER = 2.0  # an accuracy that ends no stage early

@@ -28,9 +28,10 @@ import heldout
 import ngram
 import torch
 import training_files as files
-from graphed import GraphedStep
 from torch import Tensor, nn
 from train_options import DTYPES, parse_options, run_settings
+
+from mamba_ssm.utils.graphed_step import GraphedStep
 
 VOCAB_SIZE = 384  # ByT5Tokenizer: 3 special ids, 256 bytes, 125 spare
 BASELINE_ORDER = 5

@@ -7,6 +7,7 @@ import torch
 
 from mamba_ssm import MambaLMHeadModel
 from mamba_ssm.models.config_mamba import MambaConfig
+from mamba_ssm.utils.graphed_step import EAGER_STEPS, GraphedStep
 from mamba_ssm.utils.optim import param_groups
 
 STEPS = 8
@@ -71,18 +72,13 @@ def test_a_compiled_training_step(dtype, compiler, backend):
 
 def test_a_captured_training_step(dtype, backend):
     expected = _losses(dtype)
-    training = Training(dtype)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        actual = [training.step() for _ in range(3)]
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = training.step()
-    for _ in range(STEPS - 3):
-        graph.replay()
-        actual.append(loss.clone())
+    training, last = Training(dtype), torch.zeros((), device="cuda")
+    step = GraphedStep(lambda: last.copy_(training.step()), "cuda")
+    actual = []
+    for i in range(STEPS):
+        step()
+        actual.append(last.clone())
+        assert (step.graph is not None) == (i >= EAGER_STEPS)
     torch.testing.assert_close(
         torch.stack(actual), expected, rtol=1e-5 if dtype is None else 1e-4, atol=0
     )

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Logits in memory at a time, in elements: 64 MB in fp32, and enough rows for an efficient product.
-MAX_LOGIT_ELEMENTS = 2**24
+from mamba_ssm.models.fused_loss import fused_loss_applies, linear_cross_entropy
+
+# Logits in memory at a time, in elements: 128 MB in fp32, and enough rows for efficient products.
+MAX_LOGIT_ELEMENTS = 2**25
 
 
 def shifted_targets(
@@ -41,16 +43,19 @@ def chunked_cross_entropy(
         hidden_states: (b, l, d_model).
         targets: (b, l) int64; ``ignore_index`` does not count.
 
-    Tokens go through the projection in chunks of about ``MAX_LOGIT_ELEMENTS`` logits, which
-    backward computes again. Without any target to predict the loss is 0 (with zero gradients).
+    Tokens go through the projection in chunks of about ``MAX_LOGIT_ELEMENTS`` logits. A plain
+    Linear without bias gets its gradients in the same pass; others' logits are computed again in
+    the backward. Without any target to predict the loss is 0 (with zero gradients).
     """
     hidden_states, targets = hidden_states.flatten(0, 1), targets.flatten()
+    size = max(1, MAX_LOGIT_ELEMENTS // vocab_size)
+    if fused_loss_applies(project, hidden_states):
+        return linear_cross_entropy(hidden_states, project.weight, targets, ignore_index, size)
 
     def chunk_loss(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         logits = project(hidden).float()
         return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
 
-    size = max(1, MAX_LOGIT_ELEMENTS // vocab_size)
     count = (targets != ignore_index).sum().clamp(min=1)
     if hidden_states.shape[0] <= size:
         return chunk_loss(hidden_states, targets) / count

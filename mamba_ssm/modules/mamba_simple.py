@@ -20,6 +20,8 @@ from torch import nn
 from mamba_ssm.modules.block import Block
 from mamba_ssm.modules.constructor_checks import check_mamba_arguments
 from mamba_ssm.modules.dt_projection import DtProjection
+from mamba_ssm.modules.fused_path import at_least_fp32 as _at_least_fp32
+from mamba_ssm.modules.fused_path import fused_forward
 from mamba_ssm.modules.sequence_args import (
     Packing,
     causal_convolution,
@@ -46,10 +48,6 @@ __all__ = [
 ]
 
 State = tuple[torch.Tensor, torch.Tensor]
-
-
-def _at_least_fp32(x: torch.Tensor | None) -> torch.Tensor | None:
-    return x if x is None or x.dtype == torch.float64 else x.float()
 
 
 class Mamba(nn.Module):
@@ -227,7 +225,7 @@ class Mamba(nn.Module):
             )
         plain_call = initial_state is None and not return_final_state and packing.seq_idx is None
         if plain_call and self._fast_path_applies():
-            return self._forward_fused(hidden_states)
+            return fused_forward(self, hidden_states, mamba_inner_fn)
         out, _, state = self._forward_sequence(
             hidden_states, initial_state, packing, return_final_state
         )
@@ -243,23 +241,6 @@ class Mamba(nn.Module):
             and self.x_proj.bias is None
             and is_plain(self.dt_proj, nn.Linear, DtProjection)
             and is_plain(self.out_proj, nn.Linear)
-        )
-
-    def _forward_fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return mamba_inner_fn(
-            self.in_proj(hidden_states).transpose(1, 2),
-            self.conv1d.weight,
-            self.conv1d.bias,
-            self.x_proj.weight,
-            self.dt_proj.weight,
-            self.out_proj.weight,
-            self.out_proj.bias,
-            -torch.exp(_at_least_fp32(self.A_log)),
-            None,  # B and C depend on the input
-            None,
-            _at_least_fp32(self.D),
-            delta_bias=_at_least_fp32(self.dt_proj.bias),
-            delta_softplus=True,
         )
 
     def _forward_sequence(

@@ -6,6 +6,7 @@ Neither the fused backward passes nor the internal ops can be transformed; plain
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -104,3 +105,28 @@ def differentiable_backward(
             for i, grad in zip(wanted, found, strict=True):
                 grads[i] = grad
     return tuple(grads)
+
+
+class _AutocastOff:
+    """torch.autocast(device, enabled=False) at a small part of its cost."""
+
+    __slots__ = ("device", "was")
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        self.was = torch.is_autocast_enabled(self.device)
+        if self.was:
+            torch.set_autocast_enabled(self.device, False)
+
+    def __exit__(self, *error: object) -> None:
+        if self.was:
+            torch.set_autocast_enabled(self.device, True)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """A context manager inside which autocast is off."""
+    if torch.compiler.is_compiling():  # which knows torch's own context manager only
+        return torch.autocast(device, enabled=False)
+    return _AutocastOff(device)

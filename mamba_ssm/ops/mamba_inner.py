@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from ._autograd import differentiable_backward, needs_grad, transformed, wants_double_backward
+from ._autograd import (
+    differentiable_backward,
+    needs_grad,
+    transformed,
+    wants_double_backward,
+    without_autocast,
+)
 from ._checks import check_device, check_dtype, check_shape
 from .causal_conv1d import causal_conv1d_ref
 from .chunking import chunk_size_for
@@ -95,7 +101,7 @@ class MambaInnerFn(torch.autograd.Function):
         ctx.delta_softplus, ctx.eps, ctx.autocast_dtype = delta_softplus, b_c_dt_rms_eps, None
         if torch.is_autocast_enabled(device):
             ctx.autocast_dtype = torch.get_autocast_dtype(device)
-        with _without_autocast(device):
+        with without_autocast(device):
             if A.is_complex():
                 backend.only_reference("a block with complex A")
                 ctx.save_for_backward(*tensors, *(None,) * 8)
@@ -124,7 +130,7 @@ class MambaInnerFn(torch.autograd.Function):
             # Where a backward first asks for strides, the tracer starts it again, without leaving
             # the contexts that it stands in: so this is asked outside them.
             dout.stride()
-        with _without_autocast(dout.device.type):
+        with without_autocast(dout.device.type):
             if saved[len(tensors)] is None or wants_double_backward():
                 grads = differentiable_backward(lambda *t: _compose(ctx, *t), tensors, (dout,))
             else:
@@ -135,30 +141,6 @@ class MambaInnerFn(torch.autograd.Function):
                     for g, t in zip(inner_backward(ctx, saved, dout), tensors, strict=True)
                 ]
         return (*grads[:14], None, None, *grads[14:], None, None)
-
-
-class _AutocastOff:
-    """torch.autocast(device, enabled=False) at a small part of its cost."""
-
-    __slots__ = ("device", "was")
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def __enter__(self) -> None:
-        self.was = torch.is_autocast_enabled(self.device)
-        if self.was:
-            torch.set_autocast_enabled(self.device, False)
-
-    def __exit__(self, *error: object) -> None:
-        if self.was:
-            torch.set_autocast_enabled(self.device, True)
-
-
-def _without_autocast(device: str):
-    if torch.compiler.is_compiling():  # which knows torch's own context manager only
-        return torch.autocast(device, enabled=False)
-    return _AutocastOff(device)
 
 
 def _rms_plain(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

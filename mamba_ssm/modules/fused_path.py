@@ -1,0 +1,56 @@
+"""The fused forward of the Mamba mixer, where its layers are what their weights say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from mamba_ssm.modules.sequence_args import is_plain
+from mamba_ssm.ops import mamba_inner
+from mamba_ssm.ops.mamba_block import block_applies, mamba_block
+
+
+def at_least_fp32(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x in fp32, or as it is where it is fp64 or None."""
+    return x if x is None or x.dtype == torch.float64 else x.float()
+
+
+def fused_forward(layer: nn.Module, hidden_states: torch.Tensor, inner: Callable) -> torch.Tensor:
+    """(b, l, d_model) → (b, l, d_model) of a Mamba mixer whose conv1d and projections are plain.
+
+    With a plain in_proj everything is one autograd function; else ``inner``, mamba_inner_fn or
+    whatever took its name in the caller, gets in_proj's result.
+    """
+    whole = inner is mamba_inner.mamba_inner_fn and is_plain(layer.in_proj, nn.Linear)
+    if whole and block_applies(hidden_states):
+        return mamba_block(
+            hidden_states,
+            layer.in_proj.weight,
+            layer.in_proj.bias,
+            layer.conv1d.weight,
+            layer.conv1d.bias,
+            layer.x_proj.weight,
+            layer.dt_proj.weight,
+            layer.dt_proj.bias,
+            layer.A_log,
+            layer.D,
+            layer.out_proj.weight,
+            layer.out_proj.bias,
+        )
+    return inner(
+        layer.in_proj(hidden_states).transpose(1, 2),
+        layer.conv1d.weight,
+        layer.conv1d.bias,
+        layer.x_proj.weight,
+        layer.dt_proj.weight,
+        layer.out_proj.weight,
+        layer.out_proj.bias,
+        -torch.exp(at_least_fp32(layer.A_log)),
+        None,  # B and C depend on the input
+        None,
+        at_least_fp32(layer.D),
+        delta_bias=at_least_fp32(layer.dt_proj.bias),
+        delta_softplus=True,
+    )

@@ -1,0 +1,291 @@
+"""The whole Mamba mixer, in_proj included, as one autograd function (arXiv 2312.00752, figure 3).
+
+What ``mamba_inner_fn`` computes of in_proj's result, for the layer as it is built: input-dependent
+B and C without biases or norms, softplus, real A. Everything is a matrix of rows (b l, channels),
+so that there are few steps between the products: in a small model the host's time is the cost.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backend
+from ._autograd import (
+    differentiable_backward,
+    needs_grad,
+    transforms_active,
+    wants_double_backward,
+    without_autocast,
+)
+from .chunking import chunk_size_for
+from .dtypes import accumulate_dtype, kernel_dtype, no_wider_than
+from .mamba_inner import _check_inner, _compose, _Options
+from .mamba_inner_steps import SMALL_WEIGHT, Args, _weight_gradient
+
+
+class BlockArgs(NamedTuple):
+    """The tensor arguments of :func:`mamba_block`."""
+
+    hidden: Tensor  # (b, l, m)
+    in_proj: Tensor  # (2d, m)
+    in_bias: Tensor | None
+    conv_weight: Tensor  # (d, 1, w)
+    conv_bias: Tensor | None
+    x_proj: Tensor  # (r + 2n, d)
+    dt_proj: Tensor  # (d, r)
+    dt_bias: Tensor | None
+    A_log: Tensor  # (d, n)
+    D: Tensor
+    out_proj: Tensor  # (e, d)
+    out_bias: Tensor | None
+
+
+def _wide(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dtype == torch.float64 else x.float()
+
+
+class _Sizes(NamedTuple):
+    """The sizes of a call, and views of matrices whose rows are (batch, step)."""
+
+    b: int
+    length: int
+    d: int
+    n: int
+    rank: int
+
+    def sequences(self, rows: Tensor, start: int = 0) -> Tensor:
+        """Columns start … start + d of contiguous rows as (b, d, l)."""
+        k = rows.shape[1]
+        return rows.as_strided((self.b, self.d, self.length), (self.length * k, 1, k), start)
+
+    def rows(self, sequences: Tensor) -> Tensor:
+        """(b, d, l) as (b l, d); a view of a channel-last tensor."""
+        return sequences.transpose(1, 2).reshape(self.b * self.length, self.d)
+
+    def selected(self, x_dbl: Tensor, start: int) -> Tensor:
+        """n columns of x_proj's result as (b, 1, n, l)."""
+        k = x_dbl.shape[1]
+        strides = (self.length * k, k, 1, k)
+        return x_dbl.as_strided((self.b, 1, self.n, self.length), strides, start)
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None and bias.dtype != weight.dtype:
+        bias = bias.to(weight.dtype)
+    return F.linear(rows, weight, bias)
+
+
+def _convolve(s: _Sizes, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    op = backend.resolve("_causal_conv1d_fwd", x.device.type, kernel_dtype(x, weight, bias))
+    return op(x, weight, bias, None, None, s.b, True)[0]
+
+
+def _scan_inputs(s: _Sizes, conv: Tensor, xz: Tensor, x_dbl: Tensor, dt_proj: Tensor, small):
+    """What forward and backward of the scan share; ``small`` is (A, D, delta_bias)."""
+    delta = s.sequences(F.linear(x_dbl[:, : s.rank], dt_proj))
+    B, C = s.selected(x_dbl, s.rank), s.selected(x_dbl, s.rank + s.n)
+    A, D, bias = small
+    return conv, delta, A, B, C, D, s.sequences(xz, s.d), bias, True, None, None, s.b
+
+
+class MambaBlockFn(torch.autograd.Function):
+    """Autograd of :func:`mamba_block`."""
+
+    @staticmethod
+    def forward(ctx, autocast, keep_states, *tensors):
+        t = BlockArgs(*tensors)
+        b, length, m = t.hidden.shape
+        d, n = t.A_log.shape
+        ctx.sizes = s = _Sizes(b, length, d, n, t.dt_proj.shape[1])
+        ctx.autocast = autocast
+        device = t.hidden.device.type
+        with without_autocast(device):
+            rows = t.hidden.reshape(b * length, m)
+            weights = (t.in_proj, t.x_proj, t.dt_proj, t.out_proj)
+            if autocast is not None:
+                rows = rows.to(autocast)
+                weights = tuple(weight.to(autocast) for weight in weights)
+            in_proj, x_proj, dt_proj, out_proj = weights
+            xz = _linear(rows, in_proj, t.in_bias)
+            conv = _convolve(s, s.sequences(xz), t.conv_weight.flatten(1), t.conv_bias)
+            x_dbl = F.linear(s.rows(conv), x_proj)
+            acc = accumulate_dtype(xz)
+            A = torch.exp(t.A_log.to(acc)).neg_()
+            small = A, no_wider_than(_wide(t.D), acc), no_wider_than(_wide(t.dt_bias), acc)
+            op = backend.resolve("_selective_scan_fwd", device, xz.dtype)
+            ctx.chunk_size = chunk_size_for(length, op, device, keep_states)
+            y, _, states = op(
+                *_scan_inputs(s, conv, xz, x_dbl, dt_proj, small),
+                ctx.chunk_size,
+            )
+            out = _linear(s.rows(y), out_proj, t.out_bias)
+        if keep_states:
+            # Weights as they were used, where they are small: casting them again would cost time,
+            # keeping a large one memory in every layer.
+            used = [weight if weight.numel() <= SMALL_WEIGHT else None for weight in weights]
+            ctx.save_for_backward(*tensors, rows, xz, x_dbl, A, y, states, *used)
+        return out.view(b, length, out.shape[1])
+
+    @staticmethod
+    def backward(ctx, dout):
+        saved = list(ctx.saved_tensors)
+        tensors = saved[: len(BlockArgs._fields)]
+        with without_autocast(dout.device.type):
+            if wants_double_backward():
+                grads = differentiable_backward(
+                    lambda *t: _composed(ctx.autocast, BlockArgs(*t)), tensors, (dout,)
+                )
+            else:
+                ctx.maybe_clear_saved_tensors()  # does nothing where the graph is kept
+                grads = _backward(ctx, saved, dout)
+        return (None, None, *grads)
+
+
+def _matching(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    if grad is None or like is None:
+        return None
+    grad = grad if grad.dtype == like.dtype else grad.to(like.dtype)
+    return grad if grad.shape == like.shape else grad.view(like.shape)
+
+
+def _backward(ctx, saved: list[Tensor | None], dout: Tensor) -> list[Tensor | None]:
+    """Gradients of BlockArgs. ``saved`` is emptied: large tensors go after their last use."""
+    s, wanted = ctx.sizes, BlockArgs(*ctx.needs_input_grad[2:])
+    t = BlockArgs(*saved[: len(BlockArgs._fields)])
+    rows, xz, x_dbl, A, y, states, *used = saved[len(BlockArgs._fields) :]
+    saved.clear()
+    in_proj, x_proj, dt_proj, out_proj = (
+        weight.to(xz.dtype) if kept is None else kept
+        for weight, kept in zip((t.in_proj, t.x_proj, t.dt_proj, t.out_proj), used, strict=True)
+    )
+    del used
+    # Before any product: torch warns where a thread's first work on a GPU is a matrix product.
+    conv_weight = t.conv_weight.flatten(1)
+    x = s.sequences(xz)
+    conv = _convolve(s, x, conv_weight, t.conv_bias)
+    d_rows = dout.reshape(s.b * s.length, dout.shape[2])
+    d_rows = d_rows if d_rows.dtype == xz.dtype else d_rows.to(xz.dtype)
+    d = dict.fromkeys(BlockArgs._fields)
+    if wanted.out_proj:
+        d["out_proj"] = _weight_gradient(d_rows, s.rows(y), t.out_proj)
+    if wanted.out_bias:
+        d["out_bias"] = d_rows.sum(dim=0, dtype=accumulate_dtype(dout))
+    del y
+    dy = s.sequences(torch.mm(d_rows, out_proj))
+    del out_proj, d_rows
+
+    acc = accumulate_dtype(xz)
+    small = A, no_wider_than(_wide(t.D), acc), no_wider_than(_wide(t.dt_bias), acc)
+    op = backend.resolve("_selective_scan_bwd", xz.device.type, xz.dtype)
+    inputs = _scan_inputs(s, conv, xz, x_dbl, dt_proj, small)
+    du, ddelta, dA, dB, dC, d["D"], dz, d["dt_bias"], _ = op(
+        dy, None, *inputs, ctx.chunk_size, states
+    )
+    del dy, states, inputs
+    d["A_log"] = dA.mul_(A)
+    ddelta = s.rows(ddelta)
+    if wanted.dt_proj:
+        d["dt_proj"] = _weight_gradient(ddelta, x_dbl[:, : s.rank], t.dt_proj)
+    parts = [torch.mm(ddelta, dt_proj).view(s.b, s.length, s.rank)]
+    parts += [dB.squeeze(1).transpose(1, 2), dC.squeeze(1).transpose(1, 2)]
+    dx_dbl = torch.cat(parts, dim=2).view(s.b * s.length, s.rank + 2 * s.n)
+    del parts, dB, dC
+    del ddelta, x_dbl
+    if wanted.x_proj:
+        d["x_proj"] = _weight_gradient(dx_dbl, s.rows(conv), t.x_proj)
+    del conv
+    d_conv = s.rows(du).addmm_(dx_dbl, x_proj)
+    del du, dx_dbl
+
+    op = backend.resolve(
+        "_causal_conv1d_bwd", xz.device.type, kernel_dtype(xz, conv_weight, t.conv_bias)
+    )
+    dx, d["conv_weight"], d["conv_bias"], _ = op(
+        s.sequences(d_conv), None, x, conv_weight, t.conv_bias, None, None, s.b, True
+    )
+    del d_conv, x, xz
+    dxz = torch.cat([s.rows(dx), s.rows(dz)], dim=1)
+    del dx, dz
+    if wanted.in_proj:
+        d["in_proj"] = _weight_gradient(dxz, rows, t.in_proj)
+    if wanted.in_bias:
+        d["in_bias"] = dxz.sum(dim=0, dtype=acc)
+    if wanted.hidden:
+        d["hidden"] = torch.mm(dxz, in_proj)
+    return [
+        _matching(grad, like) if want else None
+        for grad, like, want in zip(d.values(), t, wanted, strict=True)
+    ]
+
+
+def _inner_args(t: BlockArgs, xz: Tensor) -> Args:
+    return Args(
+        xz, t.conv_weight, t.conv_bias, t.x_proj, t.dt_proj, t.out_proj, t.out_bias,
+        -torch.exp(_wide(t.A_log)), None, None, _wide(t.D), _wide(t.dt_bias),
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+def _composed(autocast: torch.dtype | None, t: BlockArgs) -> Tensor:
+    """The block in plain differentiable torch, for second derivatives."""
+    dtype = autocast or t.in_proj.dtype
+    xz = _linear(t.hidden.to(dtype), t.in_proj.to(dtype), t.in_bias).transpose(1, 2)
+    options = _Options(delta_softplus=True, eps=1e-6, autocast_dtype=autocast)
+    return _compose(options, *_inner_args(t, xz))
+
+
+# Shapes, dtypes and devices that were found to belong together: a layer is checked once.
+_checked: set[tuple] = set()
+_MOST_CHECKED = 1024
+
+
+def _check(t: BlockArgs) -> None:
+    key = tuple([None if x is None else (x.shape, x.dtype, x.device) for x in t[1:]])
+    key = (key, t.hidden.shape[2], t.hidden.device, torch.is_autocast_enabled(t.hidden.device.type))
+    if key in _checked:
+        return
+    xz = t.hidden.new_empty((1, t.in_proj.shape[0], 0), dtype=t.in_proj.dtype)
+    _check_inner(_inner_args(t, xz), 1)
+    if len(_checked) >= _MOST_CHECKED:
+        _checked.clear()
+    _checked.add(key)
+
+
+def block_applies(hidden: Tensor) -> bool:
+    """Whether :func:`mamba_block` serves this call: it is neither traced nor transformed."""
+    return type(hidden) is Tensor and not torch.compiler.is_compiling() and not transforms_active()
+
+
+def mamba_block(
+    hidden: Tensor,
+    in_proj: Tensor,
+    in_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor,
+    out_proj: Tensor,
+    out_bias: Tensor | None,
+) -> Tensor:
+    """The Mamba mixer of hidden (b, l, m): (b, l, e), in the projections' (or autocast's) dtype.
+
+    Source: arXiv 2312.00752, section 3.4 and figure 3. Shapes: see :class:`BlockArgs`; A is
+    ``-exp(A_log)``. Not for graphs of torch.compile, nor for torch.func's transforms.
+
+    Raises ValueError and TypeError as :func:`mamba_inner_fn` does.
+    """
+    t = BlockArgs(
+        hidden, in_proj, in_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D,
+        out_proj, out_bias,
+    )  # fmt: skip
+    _check(t)
+    device = hidden.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return MambaBlockFn.apply(autocast, needs_grad(*t), *t)
