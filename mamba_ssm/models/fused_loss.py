@@ -7,6 +7,7 @@ each gradient, and nothing of the size of the logits is kept or computed again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,24 @@ from mamba_ssm.ops._autograd import (
     without_autocast,
 )
 from mamba_ssm.ops.client_layers import is_plain
+from mamba_ssm.ops.mamba_inner_steps import MM_WITH_DTYPE
 
-# Products of 16-bit matrices added to an fp32 one (torch >= 2.8, on CUDA).
-_ADDMM_WITH_DTYPE = "dtype_out" in torch.ops.aten.addmm.overloads()
+
+@cache
+def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of 16-bit matrices to an fp32 one in one step.
+
+    Some versions (2.8 and later, on CUDA) do, others refuse before anything is computed.
+    """
+    if "dtype_out" not in torch.ops.aten.addmm.overloads():
+        return False
+    to = torch.ones(8, 8, device=device)
+    ones = torch.ones(8, 8, device=device, dtype=dtype)
+    try:
+        torch.addmm(to, ones, ones, out_dtype=torch.float32, out=to)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def fused_loss_applies(project: Callable, hidden: Tensor) -> bool:
@@ -62,8 +78,10 @@ def _add_weight_gradient(to: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
     """to (V, m) fp32 += dlogits^T hidden."""
     if dlogits.dtype == to.dtype:
         to.addmm_(dlogits.t(), hidden)
-    elif dlogits.is_cuda and _ADDMM_WITH_DTYPE:
+    elif dlogits.is_cuda and _adds_to_fp32(dlogits.device, dlogits.dtype):
         torch.addmm(to, dlogits.t(), hidden, out_dtype=to.dtype, out=to)
+    elif dlogits.is_cuda and MM_WITH_DTYPE:
+        to.add_(torch.mm(dlogits.t(), hidden, out_dtype=to.dtype))
     else:
         to.add_(torch.mm(dlogits.t(), hidden))
 

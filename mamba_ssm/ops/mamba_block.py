@@ -222,10 +222,10 @@ def _backward(ctx, saved: list[Tensor | None], dout: Tensor) -> list[Tensor | No
     ]
 
 
-def _inner_args(t: BlockArgs, xz: Tensor) -> Args:
+def _inner_args(t: BlockArgs, xz: Tensor, A: Tensor) -> Args:
     return Args(
         xz, t.conv_weight, t.conv_bias, t.x_proj, t.dt_proj, t.out_proj, t.out_bias,
-        -torch.exp(_wide(t.A_log)), None, None, _wide(t.D), _wide(t.dt_bias),
+        A, None, None, _wide(t.D), _wide(t.dt_bias),
         None, None, None, None, None,
     )  # fmt: skip
 
@@ -235,7 +235,7 @@ def _composed(autocast: torch.dtype | None, t: BlockArgs) -> Tensor:
     dtype = autocast or t.in_proj.dtype
     xz = _linear(t.hidden.to(dtype), t.in_proj.to(dtype), t.in_bias).transpose(1, 2)
     options = _Options(delta_softplus=True, eps=1e-6, autocast_dtype=autocast)
-    return _compose(options, *_inner_args(t, xz))
+    return _compose(options, *_inner_args(t, xz, -torch.exp(_wide(t.A_log))))
 
 
 # Shapes, dtypes and devices that were found to belong together: a layer is checked once.
@@ -249,7 +249,8 @@ def _check(t: BlockArgs) -> None:
     if key in _checked:
         return
     xz = t.hidden.new_empty((1, t.in_proj.shape[0], 0), dtype=t.in_proj.dtype)
-    _check_inner(_inner_args(t, xz), 1)
+    with torch.no_grad():  # a recomputed forward must save what the first one saved
+        _check_inner(_inner_args(t, xz, _wide(t.A_log)), 1)
     if len(_checked) >= _MOST_CHECKED:
         _checked.clear()
     _checked.add(key)

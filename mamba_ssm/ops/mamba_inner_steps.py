@@ -17,7 +17,7 @@ from .scan_groups import same_groups, sum_groups
 SMALL_WEIGHT = 1 << 22
 
 # Whether a product of 16-bit matrices can be had in fp32 (torch >= 2.8).
-_MM_WITH_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
+MM_WITH_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 
 
 class Args(NamedTuple):
@@ -135,7 +135,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, like: Tensor) -> Tensor:
     """
     narrow = like.dtype == torch.float32 and dy.dtype in (torch.float16, torch.bfloat16)
     narrow = narrow and like.numel() <= SMALL_WEIGHT
-    if narrow and dy.is_cuda and _MM_WITH_DTYPE and not torch.compiler.is_compiling():
+    if narrow and dy.is_cuda and MM_WITH_DTYPE and not torch.compiler.is_compiling():
         return torch.mm(dy.t(), x, out_dtype=torch.float32)
     return dy.t() @ x
 
