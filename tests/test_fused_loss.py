@@ -14,6 +14,11 @@ from mamba_ssm.models.loss import chunked_cross_entropy
 T, M, V = 57, 24, 130
 
 
+@pytest.fixture(autouse=True)
+def on_every_device(monkeypatch):
+    monkeypatch.setattr(fused_loss, "DEVICES", {"cpu", "cuda"})
+
+
 def make(device: str, dtype: torch.dtype = torch.float32):
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, T // 3, M, generator=g).to(device, dtype)

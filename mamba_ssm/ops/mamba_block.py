@@ -21,6 +21,7 @@ from ._autograd import (
     wants_double_backward,
     without_autocast,
 )
+from ._checks import check_dtype, check_shape
 from .chunking import chunk_size_for
 from .dtypes import accumulate_dtype, kernel_dtype, no_wider_than
 from .mamba_inner import _check_inner, _compose, _Options
@@ -69,7 +70,7 @@ class _Sizes(NamedTuple):
     def selected(self, x_dbl: Tensor, start: int) -> Tensor:
         """n columns of x_proj's result as (b, 1, n, l)."""
         k = x_dbl.shape[1]
-        strides = (self.length * k, k, 1, k)
+        strides = (self.length * k, self.n, 1, k)
         return x_dbl.as_strided((self.b, 1, self.n, self.length), strides, start)
 
 
@@ -245,10 +246,25 @@ _MOST_CHECKED = 1024
 
 def _check(t: BlockArgs) -> None:
     key = tuple([None if x is None else (x.shape, x.dtype, x.device) for x in t[1:]])
-    key = (key, t.hidden.shape[2], t.hidden.device, torch.is_autocast_enabled(t.hidden.device.type))
+    hidden, width = t.hidden, t.hidden.shape[-1:]
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    key = (key, hidden.dim(), width, hidden.dtype, hidden.device, autocast)
     if key in _checked:
         return
-    xz = t.hidden.new_empty((1, t.in_proj.shape[0], 0), dtype=t.in_proj.dtype)
+    if hidden.dim() != 3 or t.in_proj.dim() != 2 or width != t.in_proj.shape[1:]:
+        raise ValueError(
+            f"hidden must have shape (b, l, m) and in_proj (2d, m), but they have "
+            f"{tuple(hidden.shape)} and {tuple(t.in_proj.shape)}"
+        )
+    check_shape("in_bias", t.in_bias, t.in_proj.shape[:1], "(2d,)")
+    for name in ("hidden", "in_proj", "in_bias"):
+        check_dtype(name, getattr(t, name))
+    if not autocast and hidden.dtype != t.in_proj.dtype:
+        raise TypeError(
+            f"hidden and in_proj must have one dtype outside autocast, but have {hidden.dtype} and "
+            f"{t.in_proj.dtype}"
+        )
+    xz = hidden.new_empty((1, t.in_proj.shape[0], 0), dtype=t.in_proj.dtype)
     with torch.no_grad():  # a recomputed forward must save what the first one saved
         _check_inner(_inner_args(t, xz, _wide(t.A_log)), 1)
     if len(_checked) >= _MOST_CHECKED:
@@ -256,9 +272,18 @@ def _check(t: BlockArgs) -> None:
     _checked.add(key)
 
 
+# Device types whose results the tests have compared; mamba_inner_fn serves the others.
+DEVICES = {"cpu"}
+
+
 def block_applies(hidden: Tensor) -> bool:
     """Whether :func:`mamba_block` serves this call: it is neither traced nor transformed."""
-    return type(hidden) is Tensor and not torch.compiler.is_compiling() and not transforms_active()
+    return (
+        type(hidden) is Tensor
+        and hidden.device.type in DEVICES
+        and not torch.compiler.is_compiling()
+        and not transforms_active()
+    )
 
 
 def mamba_block(

@@ -1,0 +1,175 @@
+"""The mixer as one autograd function, in_proj included, against its parts, with all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_matches, evaluate, to_double
+from mamba_cases import inputs as layer_inputs
+from mamba_cases import make as make_layer
+from test_mamba_inner import plain as inner_plain
+from torch.utils.checkpoint import checkpoint
+
+from mamba_ssm.modules import mamba_simple
+from mamba_ssm.ops import mamba_block as module
+from mamba_ssm.ops.mamba_block import BlockArgs, mamba_block
+
+BF16 = torch.bfloat16
+SIZES = {"b": 2, "m": 5, "d": 6, "length": 17, "n": 4, "r": 3, "w": 4}
+ABSENT = ("in_bias", "conv_bias", "dt_bias", "out_bias")
+CASES = {
+    "base": {},
+    "no biases": {"absent": ABSENT},
+    **{f"l={i}": {"length": i} for i in (0, 1, 2, 70)},
+    "b=0": {"b": 0},
+    "d=1": {"d": 1},
+    "n=1, r=1": {"n": 1, "r": 1},
+    "width 1": {"w": 1},
+    "bf16": {"dtype": BF16},
+    "fp16": {"dtype": torch.float16, "absent": ABSENT},
+    "bf16, vectors": {"dtype": BF16, "d": 32, "n": 16, "r": 16, "m": 16, "length": 40},
+}
+
+
+@pytest.fixture(autouse=True)
+def on_every_device(monkeypatch):
+    monkeypatch.setattr(module, "DEVICES", {"cpu", "cuda"})
+
+
+def make(device: str = "cpu", dtype=torch.float32, param_dtype=None, absent=(), **sizes) -> dict:
+    """The same numbers every time."""
+    s = SIZES | sizes
+    b, m, d, length, n, r, w = (s[k] for k in SIZES)
+    g = torch.Generator().manual_seed(3)
+
+    def normal(*shape, scale=1.0, to=param_dtype or dtype):
+        return (scale * torch.randn(shape, generator=g)).to(device, to)
+
+    values = {
+        "hidden": normal(b, length, m, to=dtype),
+        "in_proj": normal(2 * d, m, scale=0.5),
+        "in_bias": normal(2 * d, scale=0.2),
+        "conv_weight": normal(d, 1, w, scale=0.5),
+        "conv_bias": normal(d),
+        "x_proj": normal(r + 2 * n, d, scale=0.5),
+        "dt_proj": normal(d, r, scale=0.5),
+        "dt_bias": normal(d, scale=0.5),
+        "A_log": normal(d, n, scale=0.3, to=torch.float32),
+        "D": normal(d, to=torch.float32),
+        "out_proj": normal(m, d, scale=0.5),
+        "out_bias": normal(m),
+    }
+    return {name: None if name in absent else value for name, value in values.items()}
+
+
+def plain(**inputs):
+    t = BlockArgs(**inputs)
+    # As F.linear does under autocast, which leaves fp64 alone.
+    xz = F.linear(t.hidden, t.in_proj, t.in_bias).transpose(1, 2)
+    wide = torch.promote_types(t.A_log.dtype, torch.float32)
+    dt_bias = None if t.dt_bias is None else t.dt_bias.to(wide)
+    return inner_plain(
+        xz, t.conv_weight, t.conv_bias, t.x_proj, t.dt_proj, t.out_proj, t.out_bias,
+        -torch.exp(t.A_log), None, None, t.D, dt_bias, None, None, True, 1, None, None, None, 1e-6,
+    )  # fmt: skip
+
+
+def autocast(fn, device):
+    def run(**inputs):
+        with torch.autocast(torch.device(device).type, BF16):
+            return fn(**inputs)
+
+    return run
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_table(name, device, backend):
+    assert_matches(mamba_block, plain, make(device, **CASES[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("name", ["base", "no biases", "l=70"])
+def test_autocast(name, dtype, device, backend):
+    inputs = make(device, **CASES[name], dtype=dtype, param_dtype=torch.float32)
+    results = evaluate(autocast(mamba_block, device), inputs)
+    assert results["output 0"].dtype == BF16
+    for key, value in inputs.items():
+        if value is not None:
+            assert results[f"grad of {key}"].dtype == value.dtype, key
+    assert_matches(autocast(mamba_block, device), autocast(plain, device), inputs)
+
+
+def test_weights_too_large_to_keep_give_the_same_bits(monkeypatch, device):
+    run, inputs = autocast(mamba_block, device), make(device)
+    kept = evaluate(run, inputs)
+    monkeypatch.setattr(module, "SMALL_WEIGHT", 0)
+    again = evaluate(run, inputs)
+    assert all(torch.equal(kept[key], again[key]) for key in kept)
+
+
+def test_gradcheck_also_of_second_order():
+    small = {"b": 1, "m": 2, "d": 2, "length": 3, "n": 2, "r": 1, "w": 2}
+    values = {k: to_double(v) for k, v in make(**small).items()}
+    leaves = tuple(v.requires_grad_() for v in values.values())
+
+    def run(*leaves):
+        return mamba_block(**dict(zip(values, leaves, strict=True)))
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("trained", [["hidden"], ["A_log"], ["in_proj", "out_bias"], ["dt_bias"]])
+def test_frozen_parts_get_no_gradient_and_the_others_the_same(trained, device):
+    expected = evaluate(mamba_block, make(device))
+    values = make(device)
+    for name in trained:
+        values[name].requires_grad_()
+    out = mamba_block(**values)
+    assert torch.equal(out.detach(), expected["output 0"])
+    grads = torch.autograd.grad(out, [values[name] for name in trained], torch.ones_like(out))
+    whole = {name: value.detach().requires_grad_() for name, value in make(device).items()}
+    out = mamba_block(**whole)
+    every = torch.autograd.grad(out, [whole[name] for name in trained], torch.ones_like(out))
+    assert all(torch.equal(a, b) for a, b in zip(grads, every, strict=True))
+
+
+def test_a_layer_uses_it_and_gives_what_its_parts_give(monkeypatch, device):
+    layer, x = make_layer(dtype=torch.float32).to(device), layer_inputs(2, 9, 6).float().to(device)
+    called = []
+    apply = module.MambaBlockFn.apply
+    monkeypatch.setattr(module.MambaBlockFn, "apply", lambda *a: called.append(1) or apply(*a))
+    whole = layer(x)
+    assert called == [1]
+    fused = mamba_simple.mamba_inner_fn
+    monkeypatch.setattr(mamba_simple, "mamba_inner_fn", lambda *a, **k: fused(*a, **k))
+    torch.testing.assert_close(layer(x), whole)
+    monkeypatch.undo()
+    layer.in_proj.register_forward_hook(lambda *_: called.append("hook"))
+    torch.testing.assert_close(layer(x), whole)
+    assert called == [1, "hook"]
+
+
+def test_recomputed_it_keeps_what_it_kept_the_first_time(device):
+    layer, x = make_layer(d_model=7, dtype=torch.float32).to(device), torch.randn(2, 9, 7)
+    x = x.to(device).requires_grad_()
+    with torch.autocast(torch.device(device).type, BF16):
+        out = checkpoint(layer, x, use_reentrant=False)
+    out.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_wrong_calls_say_so():
+    with pytest.raises(ValueError, match="x_proj_weight must have shape"):
+        mamba_block(**make() | {"x_proj": torch.randn(4, 6)})
+    with pytest.raises(TypeError, match="the projections must have one dtype"):
+        mamba_block(**make() | {"out_proj": torch.randn(5, 6, dtype=BF16)})
+    with pytest.raises(ValueError, match="hidden must have shape"):
+        mamba_block(**make() | {"hidden": torch.randn(2, 17, 4)})
+    with pytest.raises(ValueError, match="in_bias must have shape"):
+        mamba_block(**make() | {"in_bias": torch.randn(3)})
+    with pytest.raises(TypeError, match="hidden and in_proj must have one dtype"):
+        mamba_block(**make() | {"hidden": torch.randn(2, 17, 5, dtype=BF16)})
+    with pytest.raises(TypeError, match="hidden must be one of"):
+        mamba_block(**make() | {"hidden": torch.ones(2, 17, 5, dtype=torch.int32)})
