@@ -328,8 +328,11 @@ class Mamba(nn.Module):
             old_conv = F.pad(initial_state[0], (1, 0))
         out, conv_input, state = self._forward_sequence(hidden_states, initial_state, packing, True)
         with torch.no_grad():
-            oldest = oldest_input(conv_input, old_conv, self.d_conv, packing)
-            cache[0].copy_(torch.cat([oldest.unsqueeze(-1), state[0]], dim=-1))
+            if packing.seq_idx is None and conv_input.shape[2] >= self.d_conv:
+                cache[0].copy_(conv_input[..., -self.d_conv :])
+            else:
+                oldest = oldest_input(conv_input, old_conv, self.d_conv, packing)
+                cache[0].copy_(torch.cat([oldest.unsqueeze(-1), state[0]], dim=-1))
             cache[1].copy_(state[1])
         return (out, state) if return_final_state else out
 

@@ -53,6 +53,23 @@ def transformed(what: str) -> bool:
     return True
 
 
+class _NoContext:
+    """Stands in for an autograd context where nothing is recorded."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def run(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``; in inference mode its forward alone, which costs the host less."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        return function.forward(_NoContext(), *args)
+    return function.apply(*args)
+
+
 def needs_grad(*values: Any) -> bool:
     """Whether autograd records now and any of the values requires a gradient."""
     return torch.is_grad_enabled() and any(

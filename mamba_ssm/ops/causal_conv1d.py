@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from ._autograd import differentiable_backward, needs_grad, transformed, wants_double_backward
+from ._autograd import (
+    differentiable_backward,
+    needs_grad,
+    run,
+    transformed,
+    wants_double_backward,
+)
 from ._checks import (
     INTEGERS,
     check_device,
@@ -145,8 +151,11 @@ def causal_conv1d_fn(
         check_sequence_numbers(seq_idx, num_states)
     if final_states_out is not None:
         check_writable("final_states_out", final_states_out)
-    run = _plain if transformed("a causal convolution") else _CausalConv1dFn.apply
-    out, final = run(x, weight, bias, initial_states, seq_idx, num_states, silu)
+    args = (x, weight, bias, initial_states, seq_idx, num_states, silu)
+    if transformed("a causal convolution"):
+        out, final = _plain(*args)
+    else:
+        out, final = run(_CausalConv1dFn, *args)
     if final_states_out is not None:
         with torch.no_grad():
             final_states_out.copy_(final)

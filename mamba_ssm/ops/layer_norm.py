@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backend
-from ._autograd import differentiable_backward, transformed, wants_double_backward
+from ._autograd import differentiable_backward, run, transformed, wants_double_backward
 from ._checks import check_device, check_dim, check_dtype, check_shape
 from .dtypes import accumulate_dtype, kernel_dtype
 
@@ -28,8 +28,16 @@ __all__ = [
 ]
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(..., d) as (m, d)."""
+    if x.dim() == 2:
+        return x
+    d = x.shape[-1]
+    return x.reshape(-1, d) if d > 0 else x.reshape(x.shape[:-1].numel(), 0)
+
+
 class _AddNormFn(torch.autograd.Function):
-    """Rows (m,d): (y, residual_out); residual_out is absent where it would be x itself.
+    """(y, residual_out), shaped as x; residual_out is absent where it would be x itself.
 
     The backward pass needs the unrounded sum. Where residual_out holds it, that one tensor is kept
     instead of x and residual.
@@ -42,9 +50,11 @@ class _AddNormFn(torch.autograd.Function):
         if residual_dtype == torch.float64:
             ctx.kernel_dtype = torch.float64
         op = backend.resolve("_add_norm_fwd", x.device.type, ctx.kernel_dtype)
-        y, total, mean, rstd = op(x, residual, weight, bias, eps, is_rms_norm, residual_dtype)
+        more = None if residual is None else _rows(residual)
+        y, total, mean, rstd = op(_rows(x), more, weight, bias, eps, is_rms_norm, residual_dtype)
         ctx.eps, ctx.is_rms_norm, ctx.residual_dtype = eps, is_rms_norm, residual_dtype
         ctx.dtype, ctx.absent = x.dtype, total.dim() == 1
+        y, total = y.view(x.shape), total if ctx.absent else total.view(x.shape)
         ctx.other_dtype = None if residual is None else residual.dtype
         ctx.summed = ctx.absent or total.dtype == accumulate_dtype(x, residual)
         if ctx.summed:
@@ -68,9 +78,11 @@ class _AddNormFn(torch.autograd.Function):
         else:
             dy = torch.zeros_like(x, dtype=ctx.dtype) if dy is None else dy
             op = backend.resolve("_add_norm_bwd", x.device.type, ctx.kernel_dtype)
+            dtotal, residual = (None if t is None else _rows(t) for t in (dtotal, residual))
             dsum, dweight, dbias = op(
-                dy, dtotal, x, residual, weight, bias, mean, rstd, ctx.is_rms_norm
+                _rows(dy), dtotal, _rows(x), residual, weight, bias, mean, rstd, ctx.is_rms_norm
             )
+            dsum = dsum.view(x.shape)
             other, dweight = dsum, dweight.to(weight.dtype)
             dbias = None if bias is None else dbias.to(bias.dtype)
         if ctx.summed:
@@ -105,14 +117,10 @@ def _norm(
 
 def _add_norm(x, residual, weight, bias, eps, is_rms_norm, residual_dtype) -> tuple[Tensor, Tensor]:
     """(y, the sum) for any number of leading dimensions."""
-    d = x.shape[-1]
-    rows = x.reshape(-1, d) if d > 0 else x.reshape(x.shape[:-1].numel(), 0)
-    more = None if residual is None else residual.reshape(rows.shape)
     if transformed("a norm"):
-        y, total = _plain(rows, more, weight, bias, eps, is_rms_norm, x.dtype, residual_dtype)
-        return y.reshape(x.shape), total.reshape(x.shape)
-    y, total = _AddNormFn.apply(rows, more, weight, bias, eps, is_rms_norm, residual_dtype)
-    return y.view(x.shape), x if total.dim() == 1 else total.view(x.shape)
+        return _plain(x, residual, weight, bias, eps, is_rms_norm, x.dtype, residual_dtype)
+    y, total = run(_AddNormFn, x, residual, weight, bias, eps, is_rms_norm, residual_dtype)
+    return y, x if total.dim() != x.dim() or total.numel() != x.numel() else total
 
 
 def _check(x, weight, bias, residual, x1, weight1, bias1, dropout_p, rowscale) -> None:
@@ -132,8 +140,9 @@ def _check(x, weight, bias, residual, x1, weight1, bias1, dropout_p, rowscale) -
         ("x", x), ("weight", weight), ("bias", bias), ("residual", residual), ("x1", x1),
         ("weight1", weight1), ("bias1", bias1), ("rowscale", rowscale),
     ):  # fmt: skip
-        check_dtype(name, value)
-        check_device(name, value, x.device, "x")
+        if value is not None:
+            check_dtype(name, value)
+            check_device(name, value, x.device, "x")
 
 
 def layer_norm_fn(

@@ -17,6 +17,7 @@ from . import backend
 from ._autograd import (
     differentiable_backward,
     needs_grad,
+    run,
     transforms_active,
     wants_double_backward,
     without_autocast,
@@ -314,4 +315,4 @@ def mamba_block(
     _check(t)
     device = hidden.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return MambaBlockFn.apply(autocast, needs_grad(*t), *t)
+    return run(MambaBlockFn, autocast, needs_grad(*t), *t)

@@ -17,6 +17,7 @@ from . import backend
 from ._autograd import (
     differentiable_backward,
     needs_grad,
+    run,
     transformed,
     wants_double_backward,
     without_autocast,
@@ -306,7 +307,8 @@ def mamba_inner_fn(
     _check_inner(Args(*tensors), checkpoint_lvl)
     if transformed("a Mamba block"):
         return _composed(tensors, delta_softplus, b_c_dt_rms_eps)
-    return MambaInnerFn.apply(
+    return run(
+        MambaInnerFn,
         *tensors[:14],
         delta_softplus,
         checkpoint_lvl,

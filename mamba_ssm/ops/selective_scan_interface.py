@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from . import backend
-from ._autograd import differentiable_backward, needs_grad, transformed, wants_double_backward
+from ._autograd import (
+    differentiable_backward,
+    needs_grad,
+    run,
+    transformed,
+    wants_double_backward,
+)
 from .chunking import chunk_size_for
 from .dtypes import accumulate_dtype, no_wider_than
 from .layer_norm import rms_norm_forward
@@ -192,9 +198,9 @@ def selective_scan_fn(
             *tensors[:8], delta_softplus, initial_state, seq_idx, num_states
         )
         return results if return_last_state else results[0]
-    return SelectiveScanFn.apply(
-        *tensors[:8], delta_softplus, return_last_state, initial_state, seq_idx, num_states,
-        needs_grad(*tensors),
+    return run(
+        SelectiveScanFn, *tensors[:8], delta_softplus, return_last_state, initial_state, seq_idx,
+        num_states, needs_grad(*tensors),
     )  # fmt: skip
 
 
