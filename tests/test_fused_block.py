@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba_ssm.modules import mamba_simple
 from mamba_ssm.ops import mamba_block as module
+from mamba_ssm.ops.layer_norm import rms_norm_fn
 from mamba_ssm.ops.mamba_block import BlockArgs, mamba_block
+from mamba_ssm.utils.generation import InferenceParams
 
 BF16 = torch.bfloat16
 SIZES = {"b": 2, "m": 5, "d": 6, "length": 17, "n": 4, "r": 3, "w": 4}
@@ -173,3 +175,27 @@ def test_wrong_calls_say_so():
         mamba_block(**make() | {"hidden": torch.randn(2, 17, 5, dtype=BF16)})
     with pytest.raises(TypeError, match="hidden must be one of"):
         mamba_block(**make() | {"hidden": torch.ones(2, 17, 5, dtype=torch.int32)})
+
+
+def _prefill(cache):
+    return InferenceParams(9, 2, key_value_memory_dict={0: cache})
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_inference_mode_gives_the_same_bits(fast, device, backend):
+    layer, x = make_layer(dtype=torch.float32, use_fast_path=fast), torch.randn(2, 9, 6)
+    layer, x = layer.to(device), x.to(device)
+    with torch.no_grad():
+        expected = layer(x, return_final_state=not fast)
+        expected = expected if fast else expected[0]
+        normed = rms_norm_fn(x, layer.in_proj.weight[0], None, residual=x.bfloat16(), prenorm=True)
+    with torch.inference_mode():
+        cache = layer.allocate_inference_cache(2, 9)
+        actual = layer(x) if fast else layer(x, _prefill(cache))
+        again = rms_norm_fn(x, layer.in_proj.weight[0], None, residual=x.bfloat16(), prenorm=True)
+    assert torch.equal(actual, expected)
+    assert all(torch.equal(a, b) for a, b in zip(again, normed, strict=True))
+    if not fast:
+        with torch.no_grad():
+            conv_input = layer.in_proj(x).transpose(1, 2)[:, : layer.d_inner]
+        assert torch.equal(cache[0], conv_input[..., -layer.d_conv :])
