@@ -42,16 +42,19 @@ CXX_FLAGS += ["-fno-trapping-math", "-fno-math-errno"]
 SANITIZE_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
 SANITIZE_FLAGS += ["-fno-sanitize-recover=all"]
 # A file named *.isa.cpp is compiled once for each of these, in a namespace of that name, and chosen
-# at run time (csrc/common/cpu_isa.h); *.isa_bf16.cpp for the bf16 and int8 dot products as well.
+# at run time (csrc/common/cpu_isa.h); *.isa_bf16.cpp for those with bf16 products as well.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _AVX512 += ["-mprefer-vector-width=512"]
+_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vnni"]
 X86_ISAS = {
     "baseline": (4, []),
     "avx2": (8, _AVX2),
     "avx512": (16, _AVX512),
-    "avx512_bf16": (16, [*_AVX512, "-mavx512bf16", "-mavx512vnni"]),
+    "avx512_bf16": (16, _BF16),
+    "avx512_amx": (16, [*_BF16, "-mamx-tile", "-mamx-bf16"]),
 }
+WITH_BF16 = ("avx512_bf16", "avx512_amx")
 OTHER_ISAS = {"baseline": (4, [])}
 # Vectors wider than the baseline's registers never cross a call, so their ABI is moot; GCC 12 takes
 # the undefined upper halves inside its own intrinsics for uninitialised variables.
@@ -221,7 +224,7 @@ def _isa_variants(source: Path) -> dict[str, list[str]]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     isas = dict(X86_ISAS if x86 else OTHER_ISAS)
     if source.name.endswith(".isa.cpp"):
-        isas.pop("avx512_bf16", None)
+        isas = {name: isa for name, isa in isas.items() if name not in WITH_BF16}
     return {
         isa: [f"-DMAMBA_ISA={isa}", f"-DMAMBA_LANES={lanes}", *ISA_WARNINGS, *flags]
         for isa, (lanes, flags) in isas.items()

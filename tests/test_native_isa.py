@@ -25,7 +25,7 @@ NATIVE = native.has_kernel("_selective_scan_fwd", "cpu")
 pytestmark = pytest.mark.skipif(
     not NATIVE, reason=f"no compiled CPU kernels: {native.status()['cpu'][1]}"
 )
-ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx"]
 ROWS = ["base", "n=17", "d=67", "groups", "constant B, C", "channel last", "holes", "bf16", "fp16"]
 
 
@@ -143,7 +143,8 @@ def test_wide_code_stays_in_its_namespace():
             name = line.split("<", 1)[1][:-2]
         elif "%ymm" in line or "%zmm" in line:
             wide.add(name)
-    outside = sorted(n for n in wide if not re.search(r"4avx2|6avx512|11avx512_bf16", n))
+    spaces = re.compile("4avx2|6avx512|11avx512_bf16|10avx512_amx")
+    outside = sorted(name for name in wide if not spaces.search(name))
     assert wide, "no wide code at all: the library was built for one instruction set only"
     assert not outside, f"AVX code outside its namespace: {outside}"
 

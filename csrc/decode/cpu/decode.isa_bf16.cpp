@@ -5,12 +5,8 @@
 #include <type_traits>
 
 #include "../../common/simd.h"
+#include "../../common/simd_tiles.h"
 #include "../../linear/cpu/product.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC warns of the placeholder operands inside its own AVX-512 headers.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
 
 namespace mamba {
 namespace MAMBA_ISA {
@@ -34,24 +30,29 @@ int64_t padded_rows(int64_t batch) {
   return rows;
 }
 
-// The input of a product for all rows: tile after tile, each [in][width] in fp32 or in bf16 pairs.
+// The input of a product for all rows: tile after tile, each laid out as the product wants it.
 // (Only the last tile is padded, so a tile's first row is also its place.)
 struct Activations {
   float* data = nullptr;
   int64_t in = 0;
-  bool pairs = false;
+  ActivationLayout layout = ActivationLayout::kFloats;
 
-  const void* tile(const Tile& t) const { return data + t.first * in / (pairs ? 2 : 1); }
+  static int64_t floats(int64_t rows, int64_t in) { return rows * round_up(in, kTileInputs); }
+
+  char* tile(const Tile& t) const {
+    if (layout == ActivationLayout::kFloats) return reinterpret_cast<char*>(data + t.first * in);
+    const int64_t padded = layout == ActivationLayout::kPairs ? in : round_up(in, kTileInputs);
+    return reinterpret_cast<char*>(data) + t.first * padded * 2;
+  }
 
   // Inputs [k, k + count) of one row; k is a multiple of kBlock.
   MAMBA_INLINE void put(const Tile& t, int64_t row, int64_t k, const float* values,
                         int64_t count) const {
-    if (!pairs) {
-      float* const start = data + t.first * in + row;
+    if (layout == ActivationLayout::kFloats) {
+      float* const start = reinterpret_cast<float*>(tile(t)) + row;
       for (int64_t i = 0; i < count; ++i) start[(k + i) * t.width] = values[i];
       return;
     }
-    auto* const start = reinterpret_cast<uint32_t*>(data + t.first * in / 2) + row;
     for (int64_t done = 0; done < count; done += kBlock) {
       const int64_t now = std::min(kBlock, count - done);
       uint16_t rounded[kBlock] = {};
@@ -62,9 +63,21 @@ struct Activations {
       } else {
         for (int64_t i = 0; i < now; ++i) rounded[i] = float_to_bfloat16(values[done + i]);
       }
-      for (int64_t i = 0; i < (now + 1) / 2; ++i) {
-        std::memcpy(start + ((k + done) / 2 + i) * t.width, rounded + 2 * i, 4);
-      }
+      put_rounded(t, row, k + done, rounded, (now + 1) / 2 * 2);
+    }
+  }
+
+ private:
+  MAMBA_INLINE void put_rounded(const Tile& t, int64_t row, int64_t k, const uint16_t* values,
+                                int64_t count) const {
+    char* const start = tile(t);
+    if (layout == ActivationLayout::kTiles) {
+      const int64_t at = (k / kTileInputs * t.width + row) * kTileInputs + k % kTileInputs;
+      std::memcpy(start + at * 2, values, count * 2);
+      return;
+    }
+    for (int64_t i = 0; i < count / 2; ++i) {
+      std::memcpy(start + ((k / 2 + i) * t.width + row) * 4, values + 2 * i, 4);
     }
   }
 };
@@ -90,7 +103,7 @@ MAMBA_INLINE void multiply(const PackedWeight& w, const Activations& x, const Ti
   }
 }
 
-bool takes_pairs(const PackedWeight& w) { return select_product(w.kind, 1).pairs; }
+ActivationLayout layout_for(const PackedWeight& w) { return select_product(w.kind, 1).layout; }
 
 // Calls f(block, tile, row of the tile, values) for every output of blocks [begin, end), bias
 // included; values are kBlock floats that f may overwrite. All tiles go through a few blocks before
@@ -127,7 +140,7 @@ struct Scratch {
       return p;
     };
     auto activations = [&](const PackedWeight& w) {
-      return Activations{take(rows * w.in), w.in, takes_pairs(w)};
+      return Activations{take(Activations::floats(rows, w.in)), w.in, layout_for(w)};
     };
     hidden = take(p.batch * width);
     z = take(p.batch * channels);
@@ -151,7 +164,6 @@ struct Scratch {
     bytes = shared + bytes * members;
   }
 };
-
 // The sum of all lanes in a fixed order.
 MAMBA_INLINE float sum_lanes(Vec v) {
 #if defined(__AVX512F__)
@@ -370,6 +382,9 @@ struct Worker {
       using E = decltype(type);
       auto* h = static_cast<typename E::T*>(layer.ssm_state.data) + start;
       const float *A = layer.A + c0 * state, *B = s.B + row * state, *C = s.C + row * state;
+#if defined(__AVX512F__)
+      if (p.d_state == kLanes && count == kBlock) return update_block<E>(h, A, B, C, dt, u, y);
+#endif
       for (int64_t i = 0; i < count; ++i, h += p.d_state, A += state) {
         y[i] = update_channel<E>(h, A, B, C, dt[i], dt[i] * u[i]);
       }
@@ -381,6 +396,21 @@ struct Worker {
     }
     s.y_in.put(tile, r, c0, y, count);
   }
+
+#if defined(__AVX512F__)
+  // A whole block of channels whose states fill a register each.
+  template <class E>
+  MAMBA_INLINE static void update_block(typename E::T* h, const float* A, const float* B,
+                                        const float* C, const float* dt, const float* u, float* y) {
+    Vec products[kBlock];
+    for (int64_t i = 0; i < kBlock; ++i, h += kLanes, A += kLanes) {
+      const Vec next = E::read(h) * exp2(load(A) * dt[i]) + load(B) * (dt[i] * u[i]);
+      E::write(h, next);
+      products[i] = next * load(C);
+    }
+    store(y, sums_of(products));
+  }
+#endif
 
   // h = exp(dt A) h + dt B u in place; returns C h.
   template <class E>
@@ -453,7 +483,9 @@ int64_t scratch_bytes(const DecodeParams& p, int64_t members) {
 }
 
 void step(const DecodeParams& p, Team& team, int64_t member, int64_t members, void* scratch) {
+  begin_products();
   Worker(p, team, member, members, scratch).run();
+  end_products();
 }
 
 }  // namespace

@@ -13,8 +13,17 @@ constexpr int kMaxBlocksAtOnce = 4;
 // Floats that one call of a product writes at most.
 constexpr int64_t kProductFloats = kMaxTileRows * kBlock * kMaxBlocksAtOnce;
 
-// Multiplies `blocks` adjacent blocks of a weight, from `block` on, with a tile of activations: x
-// is [in][rows] in fp32, or [in / 2][rows][2] in bf16 where Product::pairs says so. Writes
+// How a tile of activations lies in memory.
+enum class ActivationLayout {
+  kFloats,  // [in][rows] in fp32
+  kPairs,   // [in / 2][rows][2] in bf16
+  kTiles,   // [in / 32][rows][32] in bf16; a last incomplete 32 has its place
+};
+
+constexpr int64_t kTileInputs = 32;
+
+// Multiplies `blocks` adjacent blocks of a weight, from `block` on, with a tile of activations x,
+// laid out as Product::layout says. Writes
 // out[blocks][rows][kBlock] without the bias. Every row is summed over the input in the same order,
 // whatever the number of rows and blocks: a row's result does not depend on its company.
 using ProductFn = void (*)(const PackedWeight& w, int64_t block, const void* x, float* out);
@@ -23,8 +32,13 @@ struct Product {
   ProductFn many = nullptr;  // blocks_at_once blocks
   ProductFn one = nullptr;   // one block
   int64_t blocks_at_once = 1;
-  bool pairs = false;  // activations in bf16 pairs
+  ActivationLayout layout = ActivationLayout::kFloats;
 };
+
+// To be called by a thread before its first product and after its last one: tile registers belong
+// to whoever has set them up, and slow the thread down until they are released.
+MAMBA_DECLARE_ISA_BF16(void begin_products())
+MAMBA_DECLARE_ISA_BF16(void end_products())
 
 // The rows of the next tile when `rows` are left; tiles are padded to a number of rows for which
 // there is a kernel. `select_product` takes such a number.

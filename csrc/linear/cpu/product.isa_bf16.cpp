@@ -56,7 +56,9 @@ struct ReadF16 {
   }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+// product_tiles below
+#elif defined(__AVX512BF16__)
 struct ReadBF16 {
   using T = uint16_t;
   static constexpr int kStep = 2, kStepsAtOnce = 1;
@@ -187,23 +189,110 @@ void product_int8(const PackedWeight& weight, int64_t block, const void* x, floa
   }
 }
 
+#if defined(__AMX_BF16__)
+// The rows that this thread's tile registers are set up for; 0: not at all.
+thread_local int tile_rows = 0;
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};  // of a row, for each register
+  uint8_t rows[16] = {};
+};
+
+// Registers 0 and 1 are sums (rows, 16), 2 and 3 weights (16 pairs of inputs, 16), 4 activations
+// (rows, 32).
+MAMBA_INLINE void set_up_tiles(int rows) {
+  if (tile_rows == rows) return;
+  TileConfig config;
+  for (int i = 0; i < 5; ++i) {
+    config.bytes[i] = 64;
+    config.rows[i] = static_cast<uint8_t>(i == 2 || i == 3 ? 16 : rows);
+  }
+  _tile_loadconfig(&config);
+  tile_rows = rows;
+}
+
+constexpr int64_t kTileBytes = 1024;  // of weights: 32 inputs of a block
+
+MAMBA_INLINE void prefetch_tile(const char* p) {
+  for (int64_t i = 0; i < kTileBytes; i += 64) __builtin_prefetch(p + i + 2 * kPrefetchBytes);
+}
+
+template <int kRows, int kBlocks>
+void product_tiles(const PackedWeight& weight, int64_t block, const void* x, float* out) {
+  static_assert(kBlocks == 1 || kBlocks == 2, "there are two registers for sums");
+  set_up_tiles(kRows);
+  const int64_t stride = weight.in * kBlock * 2, whole = weight.in / kTileInputs;
+  const char* w = static_cast<const char*>(weight.data) + block * stride;
+  const char* rows = static_cast<const char*>(x);
+  _tile_zero(0);
+  if constexpr (kBlocks == 2) _tile_zero(1);
+  for (int64_t i = 0; i < whole; ++i, w += kTileBytes, rows += kRows * 64) {
+    _tile_loadd(4, rows, 64);
+    prefetch_tile(w);
+    _tile_loadd(2, w, 64);
+    _tile_dpbf16ps(0, 4, 2);
+    if constexpr (kBlocks == 2) {
+      prefetch_tile(w + stride);
+      _tile_loadd(3, w + stride, 64);
+      _tile_dpbf16ps(1, 4, 3);
+    }
+  }
+  if (const int64_t tail = weight.in % kTileInputs) {
+    // What lies behind the last inputs may be anything: both sides get zeros there.
+    alignas(64) char last_rows[kRows * 64] = {}, last[kTileBytes];
+    for (int r = 0; r < kRows; ++r) std::memcpy(last_rows + r * 64, rows + r * 64, tail * 2);
+    _tile_loadd(4, last_rows, 64);
+    for (int b = 0; b < kBlocks; ++b) {
+      std::memset(last, 0, sizeof(last));
+      std::memcpy(last, w + b * stride, tail * kBlock * 2);
+      _tile_loadd(2, last, 64);
+      if (b == 0) {
+        _tile_dpbf16ps(0, 4, 2);
+      } else {
+        _tile_dpbf16ps(1, 4, 2);
+      }
+    }
+  }
+  _tile_stored(0, out, 64);
+  if constexpr (kBlocks == 2) _tile_stored(1, out + kRows * kBlock, 64);
+}
+#endif
+
 template <int kRows>
 Product select_kind(WeightKind kind) {
   constexpr int kBlocks = blocks_at_once(kRows);
+  constexpr auto kFloats = ActivationLayout::kFloats;
   switch (kind) {
     case WeightKind::kFloat16:
-      return {product<ReadF16, kRows, kBlocks>, product<ReadF16, kRows, 1>, kBlocks, false};
+      return {product<ReadF16, kRows, kBlocks>, product<ReadF16, kRows, 1>, kBlocks, kFloats};
     case WeightKind::kBFloat16:
+#if defined(__AMX_BF16__)
+      return {product_tiles<kRows, 2>, product_tiles<kRows, 1>, 2, ActivationLayout::kTiles};
+#else
       return {product<ReadBF16, kRows, kBlocks>, product<ReadBF16, kRows, 1>, kBlocks,
-              ReadBF16::kPairs};
+              ReadBF16::kPairs ? ActivationLayout::kPairs : kFloats};
+#endif
     case WeightKind::kInt8:
-      return {product_int8<kRows, kBlocks>, product_int8<kRows, 1>, kBlocks, false};
+      return {product_int8<kRows, kBlocks>, product_int8<kRows, 1>, kBlocks, kFloats};
     default:
-      return {product<ReadF32, kRows, kBlocks>, product<ReadF32, kRows, 1>, kBlocks, false};
+      return {product<ReadF32, kRows, kBlocks>, product<ReadF32, kRows, 1>, kBlocks, kFloats};
   }
 }
 
 }  // namespace
+
+#if defined(__AMX_BF16__)
+void begin_products() { tile_rows = 0; }
+
+void end_products() {
+  if (tile_rows != 0) _tile_release();
+  tile_rows = 0;
+}
+#else
+void begin_products() {}
+void end_products() {}
+#endif
 
 int64_t next_tile_rows(int64_t rows) {
   constexpr int kLargest = kTileRows[sizeof(kTileRows) / sizeof(kTileRows[0]) - 1];
