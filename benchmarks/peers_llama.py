@@ -99,8 +99,20 @@ def write_gguf(model: torch.nn.Module, path: Path, kind: str) -> Path:
     return path
 
 
+def has_amx() -> bool:
+    """Whether this processor has AMX, as Linux tells it."""
+    try:
+        return "amx_tile" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 class LlamaModel:
-    """A loaded GGUF file; contexts for given numbers of sequences are made on demand."""
+    """A loaded GGUF file; contexts for given numbers of sequences are made on demand.
+
+    On a processor with AMX llama.cpp (0.3.36 of its Python package) lays q8_0 weights out for tiles
+    and crashes at a Mamba model's first step; quantised files are loaded without that there.
+    """
 
     def __init__(self, path: Path, threads: int, vocab: int) -> None:
         import llama_cpp
@@ -109,9 +121,9 @@ class LlamaModel:
         self._log = self._api.llama_log_callback(lambda level, text, data: None)
         self._api.llama_log_set(self._log, ctypes.c_void_p(0))
         self._api.llama_backend_init()
-        self._model = self._api.llama_model_load_from_file(
-            str(path).encode(), self._api.llama_model_default_params()
-        )
+        params = self._api.llama_model_default_params()
+        params.use_extra_bufts = not (has_amx() and "q8_0" in path.name)
+        self._model = self._api.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         self._threads, self._vocab = threads, vocab
