@@ -19,14 +19,14 @@ struct Tile {
   int64_t first = 0, rows = 0, width = 0;
 };
 
-Tile next_tile(int64_t batch, int64_t first) {
-  const int64_t width = next_tile_rows(batch - first);
-  return {first, std::min(width, batch - first), width};
+Tile next_tile(const DecodeParams& p, int64_t first) {
+  const int64_t width = next_tile_rows(p.layer[0].in_x.kind, p.batch - first);
+  return {first, std::min(width, p.batch - first), width};
 }
 
-int64_t padded_rows(int64_t batch) {
+int64_t padded_rows(const DecodeParams& p) {
   int64_t rows = 0;
-  for (Tile t; rows < batch; rows += t.width) t = next_tile(batch, rows);
+  for (Tile t; rows < p.batch; rows += t.width) t = next_tile(p, rows);
   return rows;
 }
 
@@ -109,12 +109,12 @@ ActivationLayout layout_for(const PackedWeight& w) { return select_product(w.kin
 // included; values are kBlock floats that f may overwrite. All tiles go through a few blocks before
 // the next blocks, so that the weight comes from memory once.
 template <class F>
-void for_each_output(const PackedWeight& w, const Activations& x, int64_t batch, int64_t begin,
-                     int64_t end, F&& f) {
+void for_each_output(const PackedWeight& w, const Activations& x, const DecodeParams& p,
+                     int64_t begin, int64_t end, F&& f) {
   for (; begin < end; begin += kMaxBlocksAtOnce) {
     const int64_t stop = std::min<int64_t>(end, begin + kMaxBlocksAtOnce);
-    for (int64_t first = 0; first < batch;) {
-      const Tile tile = next_tile(batch, first);
+    for (int64_t first = 0; first < p.batch;) {
+      const Tile tile = next_tile(p, first);
       multiply(w, x, tile, begin, stop, f);
       first += tile.width;
     }
@@ -132,7 +132,7 @@ struct Scratch {
 
   Scratch(const DecodeParams& p, void* base, int64_t member, int64_t members) {
     const DecodeLayer& layer = p.layer[0];
-    const int64_t rows = padded_rows(p.batch), channels = p.channels();
+    const int64_t rows = padded_rows(p), channels = p.channels();
     const int64_t width = round_up(p.d_model, kBlock);
     auto take = [&](int64_t floats) {
       float* p = reinterpret_cast<float*>(static_cast<char*>(base) + bytes);
@@ -224,7 +224,7 @@ struct Worker {
   // residual += hidden, then the norm of the sum (before it is rounded) into `to`.
   void add_norm(const NormWeights& norm, bool add, const Activations& to) const {
     for (int64_t first = 0; first < p.batch;) {
-      const Tile tile = next_tile(p.batch, first);
+      const Tile tile = next_tile(p, first);
       for (int64_t r = 0; r < tile.rows; ++r) {
         norm_row(norm, add ? s.hidden + (first + r) * width : nullptr,
                  s.residual + (first + r) * width, tile, r, to);
@@ -276,11 +276,11 @@ struct Worker {
   // x and z of this member's channels; x goes through the convolution at once.
   void project_in(const DecodeLayer& layer) const {
     const Range mine = share(channels / kBlock);
-    for_each_output(layer.in_x, s.normed, p.batch, mine.begin, mine.end,
+    for_each_output(layer.in_x, s.normed, p, mine.begin, mine.end,
                     [&](int64_t block, const Tile& tile, int64_t r, float* values) {
                       convolve(layer, block, tile, r, values);
                     });
-    for_each_output(layer.in_z, s.normed, p.batch, mine.begin, mine.end,
+    for_each_output(layer.in_z, s.normed, p, mine.begin, mine.end,
                     [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
                       std::copy(values, values + kBlock,
                                 s.z + (tile.first + r) * channels + block * kBlock);
@@ -341,7 +341,7 @@ struct Worker {
   void select(const DecodeLayer& layer) const {
     const int64_t outputs = layer.x_proj.blocks() * kBlock;
     const Range mine = share(layer.x_proj.blocks());
-    for_each_output(layer.x_proj, s.x_in, p.batch, mine.begin, mine.end,
+    for_each_output(layer.x_proj, s.x_in, p, mine.begin, mine.end,
                     [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
                       std::copy(values, values + kBlock,
                                 s.projected + (tile.first + r) * outputs + block * kBlock);
@@ -352,7 +352,7 @@ struct Worker {
   void advance(const DecodeLayer& layer) const {
     const int64_t outputs = layer.x_proj.blocks() * kBlock;
     for (int64_t first = 0; first < p.batch;) {
-      const Tile tile = next_tile(p.batch, first);
+      const Tile tile = next_tile(p, first);
       for (int64_t r = 0; r < tile.rows; ++r) {
         const float* projected = s.projected + (first + r) * outputs;
         s.dt_in.put(tile, r, 0, projected, p.dt_rank);
@@ -364,7 +364,7 @@ struct Worker {
       first += tile.width;
     }
     const Range mine = share(channels / kBlock);
-    for_each_output(layer.dt_proj, s.dt_in, p.batch, mine.begin, mine.end,
+    for_each_output(layer.dt_proj, s.dt_in, p, mine.begin, mine.end,
                     [&](int64_t block, const Tile& tile, int64_t r, float* values) {
                       update_state(layer, block, tile, r, values);
                     });
@@ -434,7 +434,7 @@ struct Worker {
 
   void project_out(const DecodeLayer& layer) const {
     const Range mine = share(layer.out_proj.blocks());
-    for_each_output(layer.out_proj, s.y_in, p.batch, mine.begin, mine.end,
+    for_each_output(layer.out_proj, s.y_in, p, mine.begin, mine.end,
                     [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
                       std::copy(values, values + kBlock,
                                 s.hidden + (tile.first + r) * width + block * kBlock);
@@ -446,7 +446,7 @@ struct Worker {
     with_dtype(p.logits.dtype, [&](auto type) {
       using E = decltype(type);
       auto* to = static_cast<typename E::T*>(p.logits.data);
-      for_each_output(p.lm_head, s.head_in, p.batch, mine.begin, mine.end,
+      for_each_output(p.lm_head, s.head_in, p, mine.begin, mine.end,
                       [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
                         const int64_t first = block * kBlock;
                         auto* row = to + (tile.first + r) * p.vocab + first;
