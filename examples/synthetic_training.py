@@ -26,18 +26,12 @@ NEVER = 2.0  # an accuracy that ends no stage early
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run: so many steps at most; over earlier once `accuracy` is reached.
-
-    With `lives` > 1 a sequence starts in the state in which the one before it, in its row of the
-    batch, ended; row i starts anew with the probability 2^-(i mod lives). So the model meets the
-    states of long sequences without ever being trained on one.
-    """
+    """A part of a run: so many steps at most; over earlier once `accuracy` is reached."""
 
     task: Task
     batch_size: int
     steps: int
     accuracy: float
-    lives: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,12 +40,15 @@ class Recipe:
 
     In the last stage the learning rate falls linearly to `last_lr_ratio` of itself. `head_decay` is
     a decoupled weight decay of the output projection alone: it keeps the logits from growing, so
-    that the loss goes on asking for cleaner states when every answer is right.
+    that the loss goes on asking for cleaner states when every answer is right. `sink` takes that
+    many learning rates a step off the biases of delta: by default a token then changes the states
+    ever less, and is taken up only where the loss asks for it. (Both are decoupled from Adam.)
     """
 
     stages: tuple[Stage, ...]
     lr: float
     head_decay: float = 0.0
+    sink: float = 0.0
     last_lr_ratio: float = 1.0
     warmup: int = 100
     grad_clip: float = 1.0
@@ -73,6 +70,8 @@ class Trainer:
             {"params": others, "weight_decay": 0.0},
             {"params": head, "weight_decay": recipe.head_decay},
         ]
+        named = self.model.named_parameters() if recipe.sink else ()
+        self.sinking = [p for name, p in named if name.endswith("dt_proj.bias")]
         # A small eps: gradients become tiny once every answer is right.
         self.optimizer = torch.optim.AdamW(
             groups, lr=self.lr, eps=1e-12, fused=on_gpu, capturable=on_gpu
@@ -82,7 +81,6 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.watched: list[dict[str, Any]] = []  # what `reached` of `run` measured
         self.graphed = GraphedStep(self._work, self.device)
-        self.carried: list[tuple[Tensor, Tensor]] | None = None
         self.loss_sum = torch.zeros((), device=self.device)
         self.correct_sum = torch.zeros((), device=self.device)
         torch.manual_seed(seed)
@@ -95,7 +93,6 @@ class Trainer:
             "seconds": self.seconds,
             "history": self.history,
             "watched": self.watched,
-            "carried": self.carried,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self._generator_state(),
@@ -110,7 +107,7 @@ class Trainer:
             )
         self.stage, self.stage_step, self.step = state["position"]
         self.seconds, self.history = state["seconds"], state["history"]
-        self.watched, self.carried = state["watched"], state["carried"]
+        self.watched = state["watched"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._set_generator_state(state["generator"])
@@ -161,40 +158,17 @@ class Trainer:
         """One step, without anything that waits for the device."""
         stage = self.recipe.stages[self.stage]
         ids, targets = stage.task.batch(stage.batch_size, self.device)
-        options = {} if self.carried is None else self._initial_state(stage)
-        out = self.model(ids, num_last_tokens=targets.shape[1], **options)
-        logits = out.logits
+        logits = self.model(ids, num_last_tokens=targets.shape[1]).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
         self.optimizer.step()
+        with torch.no_grad():
+            for bias in self.sinking:
+                bias.sub_(self.recipe.sink * self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad(set_to_none=True)
-        if self.carried is not None:
-            for kept, new in zip(self.carried, out.final_state, strict=True):
-                for part, value in zip(kept, new, strict=True):
-                    part.copy_(value.detach())
         self.loss_sum += loss.detach()
         self.correct_sum += (logits.detach().argmax(-1) == targets).float().mean()
-
-    def _initial_state(self, stage: Stage) -> dict[str, Any]:
-        """Arguments of the model: the carried states, and nothing in the rows that start anew."""
-        row = torch.arange(stage.batch_size, device=self.device)
-        anew = torch.rand(stage.batch_size, device=self.device) < 0.5 ** (row % stage.lives)
-        state = [
-            tuple(part.masked_fill(anew[:, None, None], 0) for part in layer)
-            for layer in self.carried
-        ]
-        return {"initial_state": state, "return_final_state": True}
-
-    def _enter_stage(self, stage: Stage) -> None:
-        """Other shapes are another graph; what is carried over starts as nothing."""
-        self.graphed = GraphedStep(self._work, self.device)
-        self.carried = None
-        if stage.lives > 1:
-            ids = torch.zeros(stage.batch_size, 1, dtype=torch.int64, device=self.device)
-            with torch.no_grad():
-                state = self.model(ids, return_final_state=True).final_state
-            self.carried = [tuple(torch.zeros_like(part) for part in layer) for layer in state]
 
     def train_step(self) -> None:
         """One optimizer step on a fresh batch."""
@@ -246,8 +220,8 @@ class Trainer:
         """`check_every` steps of the present stage, or what is left of it; the mean accuracy."""
         stage, before, start = self.recipe.stages[self.stage], self.seconds, time.monotonic()
         steps = min(self.recipe.check_every, stage.steps - self.stage_step)
-        if self.stage_step == 0:
-            self._enter_stage(stage)
+        if self.stage_step == 0:  # other shapes, another graph
+            self.graphed = GraphedStep(self._work, self.device)
         for _ in range(steps):
             self.train_step()
         loss, accuracy = self._take_means(steps)

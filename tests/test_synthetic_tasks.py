@@ -103,7 +103,7 @@ class TestModels:
 def tiny_recipe() -> Recipe:
     stages = (
         Stage(SelectiveCopying(12, 2), 4, 15, 2.0),
-        Stage(SelectiveCopying(20, 2), 4, 25, NEVER, lives=3),
+        Stage(SelectiveCopying(20, 2), 4, 25, NEVER),
     )
     return Recipe(stages, lr=1e-3, warmup=5, check_every=10)
 
@@ -135,27 +135,17 @@ class TestTraining:
             assert torch.equal(value, trainer.model.state_dict()[name]), name
         assert [h["loss"] for h in whole.history] == [h["loss"] for h in trainer.history]
 
-    def test_sequences_start_where_their_row_ended(self, monkeypatch, device):
-        recipe = Recipe((Stage(InductionHeads(9), 41, 10, NEVER, lives=41),), lr=0.0, head_decay=0)
-        trainer = Trainer(model_of("mamba", device=device), recipe, seed=0)
-        batches = []
-        draw = InductionHeads.batch
-        monkeypatch.setattr(
-            InductionHeads, "batch", lambda *args: batches.append(draw(*args)) or batches[-1]
-        )
-        trainer._enter_stage(recipe.stages[0])
-        for _ in range(3):  # on a GPU all of them come before the capture
-            trainer.train_step()
-        ids = [batch for batch, _ in batches]
-        with torch.no_grad():
-            through = trainer.model(torch.cat(ids, 1), return_final_state=True).final_state
-            anew = trainer.model(ids[-1], return_final_state=True).final_state
-        for carried, whole, last in zip(trainer.carried, through, anew, strict=True):
-            for got, want, other in zip(carried, whole, last, strict=True):
-                # Row 40 starts anew once in 2^40 steps, row 0 always.
-                torch.testing.assert_close(got[40], want[40], rtol=1e-4, atol=1e-6)
-                torch.testing.assert_close(got[0], other[0], rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(trainer.carried[0][1][40], anew[0][1][40], rtol=1e-2)
+    def test_the_biases_of_delta_sink(self, device):
+        """By `sink` learning rates a step, after what Adam does."""
+        moved = []
+        for sink in (0.0, 3.0):
+            recipe = Recipe((Stage(InductionHeads(9), 4, 2, NEVER),), lr=1e-3, sink=sink, warmup=1)
+            model = model_of("mamba", device=device)
+            Trainer(model, recipe, seed=0).train_step()
+            moved.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        for name, value in moved[0].items():
+            expected = value - 3e-3 if name.endswith("dt_proj.bias") else value
+            torch.testing.assert_close(moved[1][name], expected, rtol=1e-6, atol=1e-7)
 
     def test_a_checkpoint_of_another_recipe_is_refused(self):
         trainer = Trainer(model_of("mamba"), tiny_recipe(), seed=3)
