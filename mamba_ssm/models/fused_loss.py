@@ -41,7 +41,7 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 # Device types whose results the tests have compared; elsewhere the logits are computed twice.
-DEVICES = {"cpu"}
+DEVICES = {"cpu", "cuda"}
 
 
 def fused_loss_applies(project: Callable, hidden: Tensor) -> bool:

@@ -274,7 +274,7 @@ def _check(t: BlockArgs) -> None:
 
 
 # Device types whose results the tests have compared; mamba_inner_fn serves the others.
-DEVICES = {"cpu"}
+DEVICES = {"cpu", "cuda"}
 
 
 def block_applies(hidden: Tensor) -> bool:
