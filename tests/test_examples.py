@@ -26,7 +26,8 @@ def test_both_directions_solve_what_one_cannot(capsys):
     chance = 1 / bimamba.VOCABULARY
     assert accuracy["one direction"] < 1.5 * chance
     assert accuracy["both directions"] > 0.95
-    assert "both directions" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "both directions" in printed.out and "100%" in printed.err
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -43,8 +44,9 @@ def test_padded_rows_of_a_bidirectional_layer_are_as_alone(share):
 
 
 @pytest.mark.parametrize("options", [[], ["--through", "2"], ["--reset"]], ids=str)
-def test_truncated_backpropagation(options):
+def test_truncated_backpropagation(options, capsys):
     results = tbptt.main(["--segments", "40", "--batch", "8", *options])
+    assert "100%" in capsys.readouterr().err
     assert results["gradient difference"] < 1e-5
     assert results["bits, carried"] < results["bits, reset"] < 8
 
@@ -71,8 +73,9 @@ def test_the_carry_of_a_wrong_choice_is_refused(capsys):
     assert "--reset carries no state" in capsys.readouterr().err
 
 
-def test_packed_equals_padded():
+def test_packed_equals_padded(capsys):
     results = packed.main(["--steps", "2", "--documents", "8", "--longest", "128"])
+    assert "100%" in capsys.readouterr().err
     assert results["loss difference"] < 1e-5
     assert results["gradient difference"] < 1e-5
     assert results["packed"] > 0 and results["padded"] > 0

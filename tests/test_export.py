@@ -62,6 +62,24 @@ def saved_and_loaded(program: torch.export.ExportedProgram) -> nn.Module:
     return torch.export.load(buffer).module()
 
 
+def run_python(code: str, folder: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+    """The code in a new process with this package and the tests importable."""
+    tests = Path(__file__).resolve().parent
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(tests.parent), str(tests))),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
 def test_forward_of_any_batch_and_length(strict, backend, device):
@@ -141,32 +159,29 @@ def test_a_fresh_process_runs_it_after_importing_the_package(tmp_path):
         "with torch.no_grad():\n"
         "    torch.testing.assert_close(loaded(ids).logits, logits)\n"
     )
-    root = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = run_python(code, tmp_path, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-@torch.no_grad()
+def packaged_and_run(folder: str, device: str) -> None:
+    """Makes an AOTInductor package of a model, loads it, and compares: what the child runs."""
+    model = model_on(device)
+    with torch.no_grad():
+        program = torch.export.export(
+            Logits(model),
+            (random_ids(2, 9, device=device),),
+            dynamic_shapes=({0: Dim("batch"), 1: Dim("length")},),
+        )
+        path = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/model.pt2")
+        loaded = torch._inductor.aoti_load_package(path)
+        for shape in SHAPES:
+            ids = random_ids(*shape, device=device)
+            assert_same(loaded(ids), model(ids).logits)
+
+
 @pytest.mark.slow
 def test_aot_inductor_package(tmp_path, device):
-    model = model_on(device)
-    program = torch.export.export(
-        Logits(model),
-        (random_ids(2, 9, device=device),),
-        dynamic_shapes=({0: Dim("batch"), 1: Dim("length")},),
-    )
-    path = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "model.pt2")
-    )
-    loaded = torch._inductor.aoti_load_package(path)
-    for shape in SHAPES:
-        ids = random_ids(*shape, device=device)
-        assert_same(loaded(ids), model(ids).logits)
+    """In a process of its own: a fault in a package's code would end this one."""
+    code = f"import test_export\ntest_export.packaged_and_run({str(tmp_path)!r}, {device!r})"
+    result = run_python(code, tmp_path, timeout=240)
+    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stderr[-6000:]}"

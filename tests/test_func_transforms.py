@@ -21,15 +21,15 @@ quiet = pytest.mark.filterwarnings("ignore:.*inside a torch.func transform:Runti
 
 
 @pytest.fixture
-def model() -> MambaLMHeadModel:
+def model(device) -> MambaLMHeadModel:
     torch.manual_seed(0)
     config = MambaConfig(d_model=8, n_layer=2, vocab_size=24, ssm_cfg={"d_state": 4})
-    return scrambled(MambaLMHeadModel(config))
+    return scrambled(MambaLMHeadModel(config)).to(device)
 
 
 @pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(0, 24, (3, 9), generator=torch.Generator().manual_seed(0))
+def ids(device) -> torch.Tensor:
+    return torch.randint(0, 24, (3, 9), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def parameters_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -72,15 +72,15 @@ def test_per_sample_gradients(model, ids):
 
 @quiet
 @pytest.mark.parametrize("in_dim", [0, 2])
-def test_vmap_over_a_batch_of_scans(in_dim):
-    cases = [make_inputs(BASE), make_inputs(BASE), make_inputs(BASE)]
+def test_vmap_over_a_batch_of_scans(in_dim, device):
+    cases = [make_inputs(BASE, device) for _ in range(3)]
     generator = torch.Generator().manual_seed(0)
     names = [name for name, value in cases[0].items() if isinstance(value, torch.Tensor)]
     options = {name: value for name, value in cases[0].items() if name not in names}
     for i, case in enumerate(cases):
         for name in names:
             noise = torch.randn(case[name].shape, generator=generator)
-            case[name] = case[name] + 0.1 * i * noise
+            case[name] = case[name] + 0.1 * i * noise.to(device)
     stacked = {name: torch.stack([case[name] for case in cases]) for name in names}
     moved = {
         name: value.movedim(0, in_dim) if value.dim() > 2 else value
@@ -98,18 +98,18 @@ def test_vmap_over_a_batch_of_scans(in_dim):
 
 
 @quiet
-def test_vmap_over_models_and_over_decode_steps():
-    layers = [scrambled(Mamba(6, d_state=4), seed) for seed in range(3)]
+def test_vmap_over_models_and_over_decode_steps(device):
+    layers = [scrambled(Mamba(6, d_state=4), seed).to(device) for seed in range(3)]
     stacked = {
         name: torch.stack([dict(layer.named_parameters())[name].detach() for layer in layers])
         for name in parameters_of(layers[0])
     }
-    x = torch.randn(2, 7, 6)
+    x = torch.randn(2, 7, 6).to(device)
     together = vmap(lambda p: functional_call(layers[0], p, (x,)))(stacked)
     for out, layer in zip(together, layers, strict=True):
         assert_same(out, layer(x).detach(), scale=4.0)
 
-    layer, tokens = layers[0], torch.randn(3, 2, 1, 6)
+    layer, tokens = layers[0], torch.randn(3, 2, 1, 6).to(device)
     caches = [
         torch.stack(t) for t in zip(*(layer.allocate_inference_cache(2, 1),) * 3, strict=True)
     ]
@@ -121,9 +121,9 @@ def test_vmap_over_models_and_over_decode_steps():
 
 
 @quiet
-def test_packing_inside_a_transform(model):
-    ids = torch.randint(0, 24, (1, 12))
-    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+def test_packing_inside_a_transform(model, device):
+    ids = torch.randint(0, 24, (1, 12)).to(device)
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
 
     def loss(parameters):
         return functional_call(
@@ -137,9 +137,9 @@ def test_packing_inside_a_transform(model):
 
 
 @quiet
-def test_forward_mode_and_jacobian():
-    x = torch.randn(1, 2, 5, dtype=torch.float64)
-    weight = torch.randn(2, 3, dtype=torch.float64)
+def test_forward_mode_and_jacobian(device):
+    x = torch.randn(1, 2, 5, dtype=torch.float64).to(device)
+    weight = torch.randn(2, 3, dtype=torch.float64).to(device)
     tangent = torch.randn_like(x)
 
     def conv(x):
@@ -183,7 +183,7 @@ def test_second_derivatives_of_the_model(model, ids, choice):
         layer.mixer.D.data = layer.mixer.D.data.double()
     parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    direction = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
 
     def gradient(create_graph=False):
         # The model's own loss is in fp32.

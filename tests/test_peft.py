@@ -334,6 +334,60 @@ def test_hooks_of_transformers_models_run(kind, name, backend):
     assert model.training and all(m.training and "dt_proj" not in vars(m) for m in mixers(model))
 
 
+@KINDS
+@EACH
+def test_parametrized_weights_of_transformers_models_train(kind, name, backend, own_path):
+    # A mixer whose in_proj alone is not plain keeps the fused op, in FalconMamba another function.
+    train = kind in client.OWN_TRAINING or name != "in_proj"
+    model, x = hf(kind).train(train), ids(2, 9)
+    plain = copy.deepcopy(model)
+    for mine, theirs in zip(mixers(model), mixers(plain), strict=True):
+        parametrize.register_parametrization(mine.get_submodule(name), "weight", Doubled())
+        theirs.get_submodule(name).weight.data.mul_(2)
+    assert mamba_ssm.compat.call_projections(model) == len(mixers(model))
+    with client.OurOps() as used:
+        loss_of(model, x).backward()
+    assert used.names >= {client.SCAN, "_selective_scan_bwd"}
+    own_path(kind)
+    loss_of(plain.eval(), x).backward()  # in evaluation mode transformers has no fused op
+    for mine, theirs in zip(mixers(model), mixers(plain), strict=True):
+        grad = mine.get_submodule(name).parametrizations.weight.original.grad
+        expected = 2 * theirs.get_submodule(name).weight.grad
+        torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5)
+
+
+@KINDS
+def test_projections_that_layers_of_transformers_models_share(kind, backend, own_path):
+    # FalconMamba's fused training op is another function than its own path.
+    train = kind in client.OWN_TRAINING
+    model, separate, x = hf(kind).train(train), hf(kind).train(train), ids(2, 9)
+    first, second = mixers(model)[:2]
+    second.out_proj, second.x_proj.weight = first.out_proj, first.x_proj.weight
+    mamba_ssm.compat.call_projections(model)
+    with client.OurOps() as used:
+        loss_of(model, x).backward()
+    assert client.SCAN in used.names
+    own_path(kind)
+    pair = mixers(separate)[:2]
+    with torch.no_grad():
+        for name in ("out_proj", "x_proj"):
+            pair[1].get_submodule(name).weight.copy_(pair[0].get_submodule(name).weight)
+    loss_of(separate, x).backward()
+    for name in ("out_proj", "x_proj"):
+        shared = first.get_submodule(name).weight.grad
+        parts = [mixer.get_submodule(name).weight.grad for mixer in pair]
+        torch.testing.assert_close(shared, parts[0] + parts[1], rtol=1e-3, atol=1e-5)
+
+
+def test_a_tied_head_of_transformers_models_stays_tied():
+    base = client.make("Mamba", tie_word_embeddings=True).train()
+    with mamba_ssm.compat.peft(base):
+        model = adapted(base)
+    loss_of(model, ids(2, 9)).backward()
+    for m in (model.base_model.model, model.merge_and_unload()):
+        assert m.lm_head.weight is m.backbone.embeddings.weight
+
+
 def test_plain_mixers_keep_the_fused_op(monkeypatch):
     model, x = hf("Mamba"), ids(2, 9)
     mamba_ssm.compat.call_projections(model)

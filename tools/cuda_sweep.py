@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from scan_cases import CASES, make_inputs, make_seq_idx
 
 import mamba_ssm
-from mamba_ssm import selective_scan_fn, selective_state_update
+from mamba_ssm import MambaLMHeadModel, selective_scan_fn, selective_state_update
+from mamba_ssm.inference import cuda_decoder
+from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.layer_norm import layer_norm_fn
 
@@ -28,6 +30,14 @@ SCANS = [
     "base", "l=1", "l=257", "n=17", "n=64", "d=67", "vision", "constant B, C", "initial state",
     "bf16", "bf16, all", "channel last", "stride 0", "holes", "returning", "shared by rows",
 ]  # fmt: skip
+# (config of a two-layer model, rows) of the fused decode step
+STEPS = [
+    ({}, 1),
+    ({"rms_norm": False, "residual_in_fp32": False}, 3),
+    ({"ssm_cfg": {"d_state": 5, "d_conv": 3, "bias": True, "dt_rank": 7, "conv_bias": False}}, 9),
+    ({"ssm_cfg": {"d_state": 33, "d_conv": 1, "expand": 1}, "tie_embeddings": False}, 16),
+    ({"d_model": 264, "vocab_size": 301}, 2),
+]
 
 
 def _run(name: str, call: Callable[..., Tensor | tuple], inputs: dict) -> None:
@@ -113,6 +123,25 @@ def _decoding() -> None:
         print(f"ran decoding, {dtype}", flush=True)
 
 
+@torch.no_grad()
+def _decode_steps() -> None:
+    for dtype in (*DTYPES, torch.float16):
+        for changes, batch in STEPS:
+            sizes = {"d_model": 40, "n_layer": 2, "vocab_size": 77, "pad_vocab_size_multiple": 1}
+            model = MambaLMHeadModel(MambaConfig(**sizes | changes), device="cuda", dtype=dtype)
+            name = f"decode step, {dtype}, {changes}, {batch} rows"
+            decoder = cuda_decoder.decoder_for(model.eval(), batch)
+            if decoder is None:
+                raise SystemExit(f"{name}: {cuda_decoder.why_not(model, batch)}")
+            caches = model.allocate_inference_cache(batch, 8)
+            for step in range(2):
+                logits = decoder.step(torch.full((batch,), step, device="cuda"), caches)
+            results = [logits, *(t for cache in caches.values() for t in cache)]
+            if not all(result.isfinite().all() for result in results):
+                raise SystemExit(f"{name}: not finite")
+            print("ran", name, flush=True)
+
+
 def main() -> None:
     """Run everything on the native backend."""
     torch.manual_seed(0)
@@ -121,6 +150,7 @@ def main() -> None:
         _convolutions()
         _norms()
         _decoding()
+        _decode_steps()
     torch.cuda.synchronize()
 
 

@@ -33,7 +33,8 @@ class GraphedStep:
         self, work: Callable[[], None], device: torch.device | str, enabled: bool = True
     ) -> None:
         self.work = work
-        self.enabled = enabled and torch.device(device).type == "cuda"
+        self.device = torch.device(device)
+        self.enabled = enabled and self.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_steps = 0
 
@@ -41,7 +42,13 @@ class GraphedStep:
         """One step."""
         if not self.enabled:
             self.work()
-        elif self.graph is not None:
+            return
+        # Streams, captures and replays are the current device's, which need not be the step's.
+        with torch.cuda.device(self.device):
+            self._on_its_device()
+
+    def _on_its_device(self) -> None:
+        if self.graph is not None:
             self.graph.replay()
         elif self.eager_steps < EAGER_STEPS:
             # Beside the main stream, as torch.cuda.graphs wants the steps before a capture.
