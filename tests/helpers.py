@@ -17,7 +17,8 @@ def _norms(values: Tensor) -> tuple[float, float]:
     return values.max().item(), values.square().mean().sqrt().item()
 
 
-def _errors(result: Tensor, oracle: Tensor) -> tuple[float, float]:
+def errors_of(result: Tensor, oracle: Tensor) -> tuple[float, float]:
+    """(largest, root mean square) difference."""
     wide = torch.complex128 if result.dtype.is_complex else torch.float64
     return _norms(result.detach().to("cpu", wide) - oracle.detach().to("cpu", wide))
 
@@ -44,8 +45,8 @@ def assert_close_to_oracle(
     rounding = torch.finfo(dtype).eps
     checks = zip(
         ("largest", "rms"),
-        _errors(actual, oracle),
-        reference_errors or _errors(reference, oracle),
+        errors_of(actual, oracle),
+        reference_errors or errors_of(reference, oracle),
         _norms(oracle.detach().cpu()),
         strict=True,
     )
@@ -100,7 +101,7 @@ def evaluate(
     return {name: t.detach() for name, t in results.items()}
 
 
-def _nudged(inputs: dict[str, Any], seed: int) -> dict[str, Any]:
+def nudged(inputs: dict[str, Any], seed: int) -> dict[str, Any]:
     """Neighbours of the inputs, a few roundings away: another draw of all rounding errors."""
     generator = torch.Generator().manual_seed(seed)
     moved = dict(inputs)
@@ -138,7 +139,7 @@ def assert_matches(
             assert_close_to_oracle(actual[name], plain[name], exact[name], name)
         except AssertionError:
             if neighbours is None:
-                runs = [inputs, *(_nudged(inputs, seed) for seed in (1, 2, 3))]
+                runs = [inputs, *(nudged(inputs, seed) for seed in (1, 2, 3))]
                 neighbours = [
                     (
                         evaluate(reference, run, without_grad),
@@ -146,6 +147,6 @@ def assert_matches(
                     )
                     for run in runs
                 ]
-            errors = [_errors(run[name], oracle[name]) for run, oracle in neighbours]
+            errors = [errors_of(run[name], oracle[name]) for run, oracle in neighbours]
             largest = tuple(max(kind) for kind in zip(*errors, strict=True))
             assert_close_to_oracle(actual[name], plain[name], exact[name], name, largest)

@@ -7,11 +7,12 @@ and the fp64 oracle on those alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_close_to_oracle, to_double
+from helpers import assert_close_to_oracle, errors_of, nudged, to_double
 from torch import Tensor
 
 import mamba_ssm
@@ -27,21 +28,31 @@ BEYOND = (1 << 31) + 1
 
 @pytest.fixture(autouse=True)
 def device_memory():
-    """Skips without a GPU that the kernels serve; returns a check for free memory."""
+    """Skips without a GPU that the kernels serve; returns a check for free memory.
+
+    What a test says it needs is checked against what it took.
+    """
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device is available to torch")
     reason = native.gpu_reason()
     if reason:
         pytest.skip(reason)
 
+    needed = []
+
     def need(gib: float) -> None:
         free = torch.cuda.mem_get_info()[0] / GIB
         if free < gib:
-            pytest.skip(f"needs {gib} GiB of free GPU memory, there are {free:.1f}")
+            pytest.skip(f"needs {gib:.0f} GiB of free GPU memory, there are {free:.1f}")
+        needed.append(gib)
 
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     yield need
     torch.cuda.empty_cache()
+    peak = torch.cuda.max_memory_allocated() / GIB
+    print(f"peak {peak:.2f} GiB of {needed}")
+    assert not needed or peak <= needed[0], f"took {peak:.1f} GiB, said {needed[0]:.1f}"
 
 
 def _with_grads(call: Callable, inputs: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
@@ -71,12 +82,24 @@ def _assert_slices(
     actual = {name: pick(name, value) for name, value in actual.items() if name in dims}
     few = {name: pick(name, value) for name, value in inputs.items()}
     few_grad = pick("out", grad)
-    with mamba_ssm.backend("reference"):
-        plain = _with_grads(call, few, few_grad)
-    doubled = {name: to_double(value) for name, value in few.items()}
-    exact = _with_grads(call, doubled, few_grad.double())
+
+    def plain_and_exact(inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        doubled = {name: to_double(value) for name, value in inputs.items()}
+        with mamba_ssm.backend("reference"):
+            plain = _with_grads(call, inputs, few_grad)
+            return plain, _with_grads(call, doubled, few_grad.double())
+
+    plain, exact = plain_and_exact(few)
+    neighbours = functools.cache(lambda: [plain_and_exact(nudged(few, i)) for i in (1, 2, 3)])
     for name, value in actual.items():
-        assert_close_to_oracle(value, plain[name], exact[name], name)
+        errors = [errors_of(p[name], e[name]) for p, e in ((plain, exact), *neighbours())]
+        print(f"{name}: errors {errors_of(value, exact[name])}, of the reference {errors}")
+        try:
+            assert_close_to_oracle(value, plain[name], exact[name], name)
+        except AssertionError:
+            # As in assert_matches: of few numbers, one run's error is luck.
+            largest = tuple(max(kind) for kind in zip(*errors, strict=True))
+            assert_close_to_oracle(value, plain[name], exact[name], name, largest)
 
 
 def _sequences(b: int, d: int, length: int, channel_last: bool = False) -> Tensor:
@@ -94,7 +117,7 @@ SHAPES = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @SHAPES
 def test_convolution(size, channel_last, device_memory):
     b, d, length = size
-    device_memory(10 * b * d * length / GIB + 4)
+    device_memory(12 * b * d * length / GIB + 2)
     inputs = {
         "x": _sequences(*size, channel_last),
         "weight": torch.randn(d, 4, device="cuda"),
@@ -119,7 +142,7 @@ def test_convolution(size, channel_last, device_memory):
 @SHAPES
 def test_scan(size, channel_last, device_memory):
     b, d, length = size
-    device_memory(18 * b * d * length / GIB + 4)
+    device_memory(18 * b * d * length / GIB + 2)
     inputs = {
         "u": _sequences(*size, channel_last),
         "delta": _sequences(*size, channel_last).abs_().mul_(0.3),
@@ -137,7 +160,7 @@ def test_scan(size, channel_last, device_memory):
     ("rows", "d"), [(32_769, 65_537), (BEYOND // 64 + 8, 64)], ids=["wide rows", "many rows"]
 )
 def test_norm(rows, d, device_memory):
-    device_memory(10 * rows * d / GIB + 4)
+    device_memory(14 * rows * d / GIB + 2)
     inputs = {
         "x": torch.randn(rows, d, device="cuda", dtype=BF16),
         "weight": torch.randn(d, device="cuda"),
@@ -155,7 +178,7 @@ def test_norm(rows, d, device_memory):
 @pytest.mark.parametrize(("b", "d"), [(8_193, 16_400), (3, 70_001)])
 def test_decode_step(b, d, device_memory):
     n = 16
-    device_memory(5 * b * d * n / GIB + 4)
+    device_memory(5 * b * d * n / GIB + 2)
     state = torch.randn(b, d, n, device="cuda")
     x, dt = (torch.randn(b, d, device="cuda", dtype=BF16) for _ in range(2))
     A = -torch.rand(d, n, device="cuda")

@@ -76,13 +76,13 @@ def _mamba(i: Inputs) -> tuple[Tensor, ...]:
     return tuple(value for _, value in sorted(values.items()))
 
 
+@torch.no_grad()
 def _decode_step(i: Inputs) -> tuple[Tensor, ...]:
     model = tiny_lm(device=str(i["conv"].device))
     caches = {n: (i["conv"][n].clone(), i["ssm"][n].clone()) for n in range(2)}
-    with torch.no_grad():
-        decoder = cuda_decoder.decoder_for(model, 3)
-        assert decoder is not None, cuda_decoder.why_not(model, 3)
-        logits = decoder.step(i["ids"], caches)
+    decoder = cuda_decoder.decoder_for(model, 3)
+    assert decoder is not None, cuda_decoder.why_not(model, 3)
+    logits = decoder.step(i["ids"], caches)
     return logits, *(t for cache in caches.values() for t in cache)
 
 

@@ -26,30 +26,32 @@ from mamba_ssm.utils.optim import param_groups
 HYBRID = {"attn_layer_idx": [1], "attn_cfg": {"causal": True, "num_heads": 2}}
 
 
-def build(**options) -> MambaLMHeadModel:
+def build(device: str = "cpu", **options) -> MambaLMHeadModel:
     torch.manual_seed(0)
     config = MambaConfig(
         **{"d_model": 16, "n_layer": 2, "vocab_size": 24, "ssm_cfg": {"d_state": 4}} | options
     )
-    return scrambled(MambaLMHeadModel(config)).train()
+    return scrambled(MambaLMHeadModel(config)).to(device).train()
 
 
-def random_ids(*shape: int) -> torch.Tensor:
-    return torch.randint(0, 24, shape, generator=torch.Generator().manual_seed(shape[0]))
+def random_ids(*shape: int, device: str = "cpu") -> torch.Tensor:
+    generator = torch.Generator().manual_seed(shape[0])
+    return torch.randint(0, 24, shape, generator=generator).to(device)
 
 
-def cyclic_rows(count: int, length: int = 24) -> torch.Tensor:
+def cyclic_rows(count: int, length: int = 24, device: str = "cpu") -> torch.Tensor:
     """Rows that count upwards from a random start: easily learnt."""
     starts = torch.randint(0, 24, (count, 1), generator=torch.Generator().manual_seed(0))
-    return (starts + torch.arange(length)) % 24
+    return ((starts + torch.arange(length)) % 24).to(device)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_an_accelerate_loop_learns(precision, recompute):
+def test_an_accelerate_loop_learns(precision, recompute, device):
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
+    accelerator = accelerate.Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    assert accelerator.device.type == device
     model = build()
     if recompute:
         model.gradient_checkpointing_enable()
@@ -72,9 +74,9 @@ def test_an_accelerate_loop_learns(precision, recompute):
 
 
 @pytest.mark.parametrize("options", [{}, {"d_intermediate": 32}, HYBRID], ids=str)
-def test_recomputation_gives_the_same_gradients(options):
-    model, ids = build(**options), random_ids(2, 11)
-    bounds = torch.tensor([0, 7, 22], dtype=torch.int32)
+def test_recomputation_gives_the_same_gradients(options, device):
+    model, ids = build(device, **options), random_ids(2, 11, device=device)
+    bounds = torch.tensor([0, 7, 22], dtype=torch.int32, device=device)
     calls = {
         "plain": lambda: model(ids, labels=ids).loss,
         "packed": lambda: model(ids.view(1, -1), labels=ids.view(1, -1), cu_seqlens=bounds).loss,
@@ -97,7 +99,7 @@ def _with_state(model, ids):
 
 
 def _under_autocast(model, ids):
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(ids.device.type, torch.bfloat16):
         return model(ids, labels=ids).loss
 
 
@@ -147,9 +149,8 @@ def test_unknown_ways_of_recomputing_are_refused(wrong):
         build().gradient_checkpointing_enable(wrong)
 
 
-def assert_twins(twin: MambaLMHeadModel, model: MambaLMHeadModel) -> None:
+def assert_twins(twin: MambaLMHeadModel, model: MambaLMHeadModel, ids: torch.Tensor) -> None:
     """Equal and independent; tied within itself, marked for the optimizer."""
-    ids = random_ids(2, 9)
     assert torch.equal(twin(ids).logits, model(ids).logits)
     assert twin.lm_head.weight is twin.backbone.embedding.weight
     assert twin.lm_head.weight is not model.lm_head.weight
@@ -165,14 +166,14 @@ def assert_twins(twin: MambaLMHeadModel, model: MambaLMHeadModel) -> None:
 
 @pytest.mark.parametrize("options", [{}, HYBRID], ids=["mamba", "hybrid"])
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "after a step"])
-def test_copies_pickles_and_whole_modules_in_files(options, used):
-    model = build(**options)
+def test_copies_pickles_and_whole_modules_in_files(options, used, device):
+    model, ids = build(device, **options), random_ids(2, 9, device=device)
     if used:
-        ids = random_ids(2, 9)
         model(ids, labels=ids).loss.backward()
         with torch.no_grad():
             model.eval().generate(ids, max_length=12)
         model.train()
+        assert hasattr(model, "_decoding_cache") == (device == "cuda" and options != HYBRID)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -181,7 +182,7 @@ def test_copies_pickles_and_whole_modules_in_files(options, used):
         pickle.loads(pickle.dumps(model)),
         torch.load(buffer, weights_only=False),
     ):
-        assert_twins(twin, model)
+        assert_twins(twin, model, ids)
 
 
 def test_a_whole_module_opens_in_another_process(tmp_path):
@@ -205,8 +206,8 @@ def test_a_whole_module_opens_in_another_process(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-def test_exponential_moving_average():
-    model, ids = build(), random_ids(4, 12)
+def test_exponential_moving_average(device):
+    model, ids = build(device), random_ids(4, 12, device=device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-2)
     expected = None
@@ -224,16 +225,16 @@ def test_exponential_moving_average():
     assert averaged.lm_head.weight is averaged.backbone.embedding.weight
     for name, parameter in averaged.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-7)
-    plain = build()
+    plain = build(device)
     plain.load_state_dict(expected | {"lm_head.weight": expected["backbone.embedding.weight"]})
     torch.testing.assert_close(average(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         assert averaged.eval().generate(ids, max_length=14).shape == (4, 14)
 
 
-def test_fused_adamw_with_parameter_groups():
-    models = build(), build()
-    ids = random_ids(4, 12)
+def test_fused_adamw_with_parameter_groups(device):
+    models = build(device), build(device)
+    ids = random_ids(4, 12, device=device)
     for model, fused in zip(models, (False, True), strict=True):
         groups = param_groups(model, 0.5)
         assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
@@ -270,14 +271,14 @@ def test_sharded_or_replaced_parameters_are_still_not_decayed():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_a_gradient_scaler(dtype):
-    model, rows = build(), cyclic_rows(160)
+def test_autocast_and_a_gradient_scaler(dtype, device):
+    model, rows = build(device), cyclic_rows(160, device=device)
     optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-2, fused=True)
-    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     losses = []
     for ids in rows.split(8):
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(device, dtype):
             loss = model(ids, labels=ids).loss
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)

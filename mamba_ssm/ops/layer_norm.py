@@ -119,6 +119,8 @@ def _add_norm(x, residual, weight, bias, eps, is_rms_norm, residual_dtype) -> tu
     """(y, the sum) for any number of leading dimensions."""
     if transformed("a norm"):
         return _plain(x, residual, weight, bias, eps, is_rms_norm, x.dtype, residual_dtype)
+    if residual_dtype == x.dtype:
+        residual_dtype = None  # the same; AOTInductor of torch 2.11 passes a dtype on wrongly
     y, total = run(_AddNormFn, x, residual, weight, bias, eps, is_rms_norm, residual_dtype)
     return y, x if total.dim() != x.dim() or total.numel() != x.numel() else total
 
