@@ -1,6 +1,7 @@
 """Every CUDA kernel once on small inputs, forward and backward: what tools/sanitize_cuda.sh runs.
 
-    python tools/cuda_sweep.py
+    python tools/cuda_sweep.py                  # everything
+    python tools/cuda_sweep.py scans steps      # these parts; see PARTS
 
 Prints what it ran and fails if an op has no kernel or a result is not finite.
 """
@@ -142,17 +143,26 @@ def _decode_steps() -> None:
             print("ran", name, flush=True)
 
 
-def main() -> None:
-    """Run everything on the native backend."""
+PARTS = {
+    "scans": _scans,
+    "convolutions": _convolutions,
+    "norms": _norms,
+    "decoding": _decoding,
+    "steps": _decode_steps,
+}
+
+
+def main(names: list[str]) -> None:
+    """Run the named parts, or all, on the native backend."""
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise SystemExit(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     torch.manual_seed(0)
     with mamba_ssm.backend("native"):
-        _scans()
-        _convolutions()
-        _norms()
-        _decoding()
-        _decode_steps()
+        for name in names or PARTS:
+            PARTS[name]()
     torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The CUDA kernels under compute-sanitizer, on a machine with a GPU:
 #     tools/sanitize_cuda.sh [memcheck racecheck initcheck]
-# PYTHON is the interpreter (default python). Fails if a tool finds an error. Torch's caching allocator
-# is off, so that memory which nobody wrote and accesses beyond an allocation are seen.
+# PYTHON is the interpreter (default python), PARTS the parts of tools/cuda_sweep.py (default all). Fails if
+# a tool finds an error. Torch's caching allocator is off, so that memory which nobody wrote and accesses
+# beyond an allocation are seen.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$PWD
@@ -13,6 +14,6 @@ for tool in "${@:-memcheck racecheck initcheck}"; do
     [ "$name" = initcheck ] && only=()
     echo "== $name"
     compute-sanitizer --tool "$name" "${only[@]}" --error-exitcode 1 --print-limit 20 \
-      "${PYTHON:-python}" tools/cuda_sweep.py | grep -v "^ran " | tail -40
+      "${PYTHON:-python}" tools/cuda_sweep.py ${PARTS:-} | grep -v "^ran " | tail -40
   done
 done
