@@ -29,16 +29,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_fwd_op(
   return {r.y, r.residual_out, r.mean, r.rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_norm_bwd_op(Tensor dy, OptionalTensor dresidual_out,
-                                                   Tensor x, OptionalTensor residual, Tensor weight,
-                                                   OptionalTensor bias, Tensor mean, Tensor rstd,
-                                                   bool is_rms_norm) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_bwd_op(
+    Tensor dy, OptionalTensor dresidual_out, Tensor x, OptionalTensor residual, Tensor weight,
+    OptionalTensor bias, Tensor mean, Tensor rstd, bool is_rms_norm,
+    std::optional<ScalarType> dx_dtype, std::optional<ScalarType> other_dtype) {
   const char* op = "_add_norm_bwd";
   NormParams p =
       norm_bwd_params(op, dy, dresidual_out, x, residual, weight, bias, mean, rstd, is_rms_norm);
-  Tensor dx = new_floats(x, {p.rows, p.size}), dweight = new_floats(x, {p.size});
+  NormGradients g = allocate_norm_gradients(op, p, dy, dx_dtype, other_dtype);
+  Tensor dweight = new_floats(x, {p.size});
   Tensor dbias = new_floats(x, {bias.has_value() ? p.size : 0});
-  p.dx = floats_of(dx);
   const int64_t groups = (p.rows + kNormGroup - 1) / kNormGroup;
   Tensor partial = new_floats(x, {groups, 2, p.size});
   p.partial = floats_of(partial);
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_bwd_op(Tensor dy, OptionalTensor dre
     }
   });
   if (!bias.has_value()) dbias = absent(dy);
-  return {dx, dweight, dbias};
+  return {g.dx, g.other, dweight, dbias};
 }
 
 }  // namespace

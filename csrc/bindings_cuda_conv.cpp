@@ -1,6 +1,6 @@
 // The causal convolution on the GPU as torch operators. Schemas live in mamba_ssm/ops/schema.py.
 #include "bindings_conv.h"
-#include "bindings_cuda.h"
+#include "bindings_cuda_parts.h"
 #include "causal_conv1d/cuda/conv.h"
 
 namespace mamba {
@@ -61,11 +61,23 @@ Tensor laid_out_like(const Tensor& dout, const Tensor& x) {
   return copy;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(Tensor dout, OptionalTensor dfinal_states,
-                                                    Tensor x, Tensor weight, OptionalTensor bias,
-                                                    OptionalTensor initial_states,
-                                                    OptionalTensor seq_idx, int64_t num_states,
-                                                    bool silu) {
+}  // namespace
+
+Tensor block_conv_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const char* op = "_causal_conv1d_fwd";
+  CudaConvParams c;
+  c.p = conv_params(op, x, weight, bias, std::nullopt, std::nullopt, x.size(0), true);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor out = empty_like_layout(x);
+  c.p.out = tensor_arg(op, "out", out, sizes_of(x), x);
+  check_launch(op, conv_fwd_cuda(c, current_stream(x)));
+  return out;
+}
+
+FourTensors conv_backward(Tensor dout, OptionalTensor dfinal_states, Tensor x, Tensor weight,
+                          OptionalTensor bias, OptionalTensor initial_states,
+                          OptionalTensor seq_idx, int64_t num_states, bool silu,
+                          OptionalTensor dx_into) {
   const char* op = "_causal_conv1d_bwd";
   CudaConvParams c;
   ConvParams& p = c.p;
@@ -80,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(Tensor dout, OptionalTensor 
     dout = laid_out_like(dout, x);
     p.dout = tensor_arg(op, "dout", dout, sizes_of(x), x);
   }
-  Tensor dx = empty_like_layout(x), dweight = new_floats(x, {d, p.width});
+  Tensor dx = dx_into.has_value() ? *dx_into : empty_like_layout(x);
+  Tensor dweight = new_floats(x, {d, p.width});
   Tensor dbias = bias.has_value() ? new_floats(x, {d}) : absent(x);
   p.dx = tensor_arg(op, "dx", dx, sizes_of(x), x);
   const Links links(op, p, x, seq_idx, stream);
@@ -98,6 +111,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(Tensor dout, OptionalTensor 
     dinitial = torch::stable::to(dinitial, std::make_optional(x.scalar_type()));
   }
   return {dx, dweight, dbias, dinitial};
+}
+
+namespace {
+
+FourTensors conv_bwd(Tensor dout, OptionalTensor dfinal_states, Tensor x, Tensor weight,
+                     OptionalTensor bias, OptionalTensor initial_states, OptionalTensor seq_idx,
+                     int64_t num_states, bool silu) {
+  return conv_backward(dout, dfinal_states, x, weight, bias, initial_states, seq_idx, num_states,
+                       silu, std::nullopt);
 }
 
 // Integers (count,) on the GPU as the kernel reads them; bytes is 0 for uint8.

@@ -18,24 +18,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_fwd_op(
   return {r.y, r.residual_out, r.mean, r.rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_norm_bwd_op(Tensor dy, OptionalTensor dresidual_out,
-                                                   Tensor x, OptionalTensor residual, Tensor weight,
-                                                   OptionalTensor bias, Tensor mean, Tensor rstd,
-                                                   bool is_rms_norm) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_bwd_op(
+    Tensor dy, OptionalTensor dresidual_out, Tensor x, OptionalTensor residual, Tensor weight,
+    OptionalTensor bias, Tensor mean, Tensor rstd, bool is_rms_norm,
+    std::optional<ScalarType> dx_dtype, std::optional<ScalarType> other_dtype) {
   const char* op = "_add_norm_bwd";
   NormParams p =
       norm_bwd_params(op, dy, dresidual_out, x, residual, weight, bias, mean, rstd, is_rms_norm);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor dx = new_floats(x, {p.rows, p.size}), dweight = new_floats(x, {p.size});
+  NormGradients g = allocate_norm_gradients(op, p, dy, dx_dtype, other_dtype);
+  Tensor dweight = new_floats(x, {p.size});
   Tensor dbias = bias.has_value() ? new_floats(x, {p.size}) : absent(dy);
-  p.dx = floats_of(dx);
   const int64_t groups = norm_groups_cuda(p);
-  Tensor partial = new_floats(x, {groups, 2, p.size});
+  Tensor partial = new_floats(x, {groups, bias.has_value() ? 2 : 1, p.size});
   p.partial = floats_of(partial);
   check_launch(op,
                add_norm_bwd_cuda(p, groups, floats_of(dweight),
                                  bias.has_value() ? floats_of(dbias) : nullptr, current_stream(x)));
-  return {dx, dweight, dbias};
+  return {g.dx, g.other, dweight, dbias};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The selective scan on the GPU as torch operators. Schemas live in mamba_ssm/ops/schema.py.
-#include "bindings_cuda.h"
+#include "bindings_cuda_parts.h"
 #include "bindings_scan.h"
 #include "selective_scan/cuda/scan.h"
 #include "selective_scan/cuda/scan_backward.h"
@@ -37,10 +37,12 @@ void check_limits(const ScanCall& call) {
                   p.state_dim);
 }
 
-std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(
-    Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
-    OptionalTensor delta_bias, bool delta_softplus, OptionalTensor initial_state,
-    OptionalTensor seq_idx, int64_t num_states, int64_t chunk_size) {
+}  // namespace
+
+ThreeTensors selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
+                                OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias,
+                                bool delta_softplus, OptionalTensor initial_state,
+                                OptionalTensor seq_idx, int64_t num_states, int64_t chunk_size) {
   ScanCall call = scan_call("_selective_scan_fwd", u, delta, A, B, C, D, z, delta_bias,
                             delta_softplus, initial_state, seq_idx, num_states, chunk_size);
   check_limits(call);
@@ -61,6 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(
   check_launch(call.op, scan_forward_cuda(p, device.events, stream));
   return {out, final_state, chunk_states};
 }
+
+namespace {
 
 // What the backward allocates beside its results.
 struct BackwardMemory {
@@ -126,11 +130,13 @@ void begin_dinitial(const ScanCall& call, const ScanGradients& g, const CudaScan
                fill_unused_states_cuda(call.p, events, g.dfinal_state, g.dinitial_state, stream));
 }
 
-ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Tensor u, Tensor delta,
-                                   Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
-                                   OptionalTensor delta_bias, bool delta_softplus,
-                                   OptionalTensor initial_state, OptionalTensor seq_idx,
-                                   int64_t num_states, int64_t chunk_size, Tensor chunk_states) {
+}  // namespace
+
+NineTensors scan_backward(Tensor dout, OptionalTensor dfinal_state, Tensor u, Tensor delta,
+                          Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
+                          OptionalTensor delta_bias, bool delta_softplus,
+                          OptionalTensor initial_state, OptionalTensor seq_idx, int64_t num_states,
+                          int64_t chunk_size, Tensor chunk_states, OptionalTensor dz_into) {
   ScanCall call = scan_call("_selective_scan_bwd", u, delta, A, B, C, D, z, delta_bias,
                             delta_softplus, initial_state, seq_idx, num_states, chunk_size);
   check_limits(call);
@@ -150,7 +156,9 @@ ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Ten
   }
 
   Tensor du = empty_like_layout(u), ddelta = empty_like_layout(delta);
-  Tensor dz = z.has_value() ? empty_like_layout(*z) : memory.absent();
+  Tensor dz = dz_into.has_value() ? *dz_into
+              : z.has_value()     ? empty_like_layout(*z)
+                                  : memory.absent();
   Tensor dA = memory.floats({p.channels, p.state_dim});
   Tensor dB = torch::stable::new_empty(B, sizes_of(B)),
          dC = torch::stable::new_empty(C, sizes_of(C));
@@ -196,6 +204,17 @@ ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Ten
     check_launch(call.op, sum_slices_cuda(p, plan, g.dC, to, stream));
   }
   return {du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial};
+}
+
+namespace {
+
+NineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Tensor u, Tensor delta,
+                               Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
+                               OptionalTensor delta_bias, bool delta_softplus,
+                               OptionalTensor initial_state, OptionalTensor seq_idx,
+                               int64_t num_states, int64_t chunk_size, Tensor chunk_states) {
+  return scan_backward(dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus,
+                       initial_state, seq_idx, num_states, chunk_size, chunk_states, std::nullopt);
 }
 
 }  // namespace

@@ -70,4 +70,22 @@ inline NormParams norm_bwd_params(const char* op, const Tensor& dy,
   return p;
 }
 
+struct NormGradients {
+  Tensor dx, other;  // `other` is absent unless its dtype is given
+};
+
+inline NormGradients allocate_norm_gradients(const char* op, NormParams& p, const Tensor& dy,
+                                             std::optional<ScalarType> dx_dtype,
+                                             std::optional<ScalarType> other_dtype) {
+  const std::vector<int64_t> sizes{p.rows, p.size};
+  NormGradients g{torch::stable::new_empty(dy, sizes, dx_dtype.value_or(ScalarType::Float)),
+                  absent(dy)};
+  p.dx = tensor_arg(op, "dx", g.dx, sizes, dy);
+  if (other_dtype.has_value()) {
+    g.other = torch::stable::new_empty(dy, sizes, *other_dtype);
+    p.other = tensor_arg(op, "other", g.other, sizes, dy);
+  }
+  return g;
+}
+
 }  // namespace mamba

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_fused_block import op_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mamba_ssm
@@ -382,7 +383,10 @@ def _arguments(name: str, dtype: torch.dtype, full: bool) -> tuple:
             True, indices,
         ),
         "_add_norm_fwd": (rows, residual, weight, bias, 1e-5, not full, some(f32)),
+        "_cross_entropy": (normal(5, d), torch.arange(5), 2 if full else -100),
     }  # fmt: skip
+    if name.startswith("_mamba_block"):
+        return op_arguments(name, "cpu", dtype, full)
     if name in table:
         return table[name]
     forward = table[name.replace("_bwd", "_fwd")]
@@ -393,8 +397,8 @@ def _arguments(name: str, dtype: torch.dtype, full: bool) -> tuple:
         return (results[0], some(results[1]), *conv)
     y, total, mean, rstd = results
     if full:
-        return (y, total, rows, residual, weight, bias, mean, rstd, False)
-    return (y, None, rows, None, weight, bias, mean, rstd, True)
+        return (y, total, rows, residual, weight, bias, mean, rstd, False, dtype, torch.float16)
+    return (y, None, rows, None, weight, bias, mean, rstd, True, None, None)
 
 
 @pytest.mark.parametrize("which", ["default", "reference"])

@@ -9,11 +9,12 @@ import torch
 from generation_helpers import prompt, tiny_lm
 from module_helpers import assert_all_same, assert_same, run_with_grads, scrambled
 from scan_cases import CASES, make_inputs, make_seq_idx
-from torch import Tensor
+from torch import Tensor, nn
 
 import mamba_ssm
 from mamba_ssm import Mamba, selective_scan_fn, selective_state_update
 from mamba_ssm.inference import cuda_decoder
+from mamba_ssm.models.loss import chunked_cross_entropy
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.layer_norm import layer_norm_fn
 from mamba_ssm.utils.graphed_step import EAGER_STEPS, GraphedStep
@@ -76,6 +77,15 @@ def _mamba(i: Inputs) -> tuple[Tensor, ...]:
     return tuple(value for _, value in sorted(values.items()))
 
 
+def _loss(i: Inputs) -> tuple[Tensor, ...]:
+    head = nn.Linear(16, 70, bias=False, device=i["x"].device)
+    with torch.no_grad():
+        head.weight.copy_(i["weight"])
+    targets = torch.arange(60, device=i["x"].device).view(2, 30)
+    values = run_with_grads(head, lambda x: chunked_cross_entropy(head, x, targets, 70), i["x"])
+    return tuple(value for _, value in sorted(values.items()))
+
+
 @torch.no_grad()
 def _decode_step(i: Inputs) -> tuple[Tensor, ...]:
     model = tiny_lm(device=str(i["conv"].device))
@@ -105,6 +115,7 @@ OPS: dict[str, tuple[Inputs, Call]] = {
         _convolution_update,
     ),
     "block": ({"x": _normal(2, 100, 16)}, _mamba),
+    "loss": ({"x": _normal(2, 30, 16), "weight": _normal(70, 16)}, _loss),
     "decode step": (
         {"ids": prompt(3, 1, "cpu")[:, 0], "conv": _normal(2, 3, 32, 4),
          "ssm": _normal(2, 3, 32, 16)},

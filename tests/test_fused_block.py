@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_matches, evaluate, to_double
+from helpers import assert_close_to_oracle, assert_matches, evaluate, to_double
 from mamba_cases import inputs as layer_inputs
 from mamba_cases import make as make_layer
 from test_mamba_inner import plain as inner_plain
@@ -17,7 +17,7 @@ from mamba_ssm.ops.layer_norm import rms_norm_fn
 from mamba_ssm.ops.mamba_block import BlockArgs, mamba_block
 from mamba_ssm.utils.generation import InferenceParams
 
-BF16 = torch.bfloat16
+OPS, BF16 = torch.ops.mamba_ssm, torch.bfloat16
 SIZES = {"b": 2, "m": 5, "d": 6, "length": 17, "n": 4, "r": 3, "w": 4}
 ABSENT = ("in_bias", "conv_bias", "dt_bias", "out_bias")
 CASES = {
@@ -32,11 +32,6 @@ CASES = {
     "fp16": {"dtype": torch.float16, "absent": ABSENT},
     "bf16, vectors": {"dtype": BF16, "d": 32, "n": 16, "r": 16, "m": 16, "length": 40},
 }
-
-
-@pytest.fixture(autouse=True)
-def on_every_device(monkeypatch):
-    monkeypatch.setattr(module, "DEVICES", {"cpu", "cuda"})
 
 
 def make(device: str = "cpu", dtype=torch.float32, param_dtype=None, absent=(), **sizes) -> dict:
@@ -63,6 +58,33 @@ def make(device: str = "cpu", dtype=torch.float32, param_dtype=None, absent=(), 
         "out_bias": normal(m),
     }
     return {name: None if name in absent else value for name, value in values.items()}
+
+
+def op_arguments(name: str, device: str, dtype: torch.dtype, full: bool, **sizes) -> tuple:
+    """Arguments of the ops; ``full``: with the optional ones, and with weights in fp32."""
+    inputs = make(device, dtype, torch.float32 if full else dtype, absent=("in_bias",), **sizes)
+    hidden, in_proj, _, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, _ = (
+        inputs.values()
+    )
+    if not full:
+        conv_bias = dt_bias = None
+    conv_weight, wide = conv_weight.flatten(1), torch.float32
+    forward = (hidden, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D,
+               out_proj, dtype, 64)  # fmt: skip
+    if name == "_mamba_block_fwd":
+        return forward
+    _, rows, xz, x_dbl, A, y, states, _, *used = OPS._mamba_block_fwd.reference(*forward)
+    rows = rows if rows.dim() == 2 else hidden.flatten(0, 1)
+    d, b = D.shape[0], hidden.shape[0]
+    x = xz[:, :d].unflatten(0, (b, -1)).transpose(1, 2)
+    conv = OPS._causal_conv1d_fwd.reference(x, conv_weight, conv_bias, None, None, b, True)[0]
+    w_in, w_x, w_dt = (
+        u if u.dim() == 2 else w for u, w in zip(used, (in_proj, x_proj, dt_proj), strict=False)
+    )
+    return (
+        y, conv, rows, xz, x_dbl, A, states, w_in, conv_weight, conv_bias, w_x, w_dt, dt_bias, D,
+        wide, wide, dtype, wide, 15 if full else 5, 64,
+    )  # fmt: skip
 
 
 def plain(**inputs):
@@ -122,6 +144,29 @@ def test_gradcheck_also_of_second_order():
     assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
 
 
+BIGGER = {"b": 1, "d": 64, "n": 16, "r": 4, "m": 32, "length": 130}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"), [(torch.float32, {}), (BF16, {}), (torch.float32, BIGGER)]
+)
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("name", ["_mamba_block_fwd", "_mamba_block_bwd"])
+def test_ops_in_one_call_against_the_oracle(name, dtype, full, sizes, device):
+    args = op_arguments(name, device, dtype, full, **sizes)
+    double = [torch.float64 if a in (dtype, torch.float32) else to_double(a) for a in args]
+    op, reference = getattr(OPS, name).default, getattr(OPS, name).reference
+    results = zip(op(*args), reference(*args), reference(*double), strict=True)
+    for i, (actual, expected, oracle) in enumerate(results):
+        if oracle.shape == expected.shape:
+            assert_close_to_oracle(actual, expected, oracle, f"result {i}")
+        else:  # what needs no conversion in fp64
+            assert torch.equal(actual, expected), i
+    assert all(map(torch.equal, op(*args), op(*args)))
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(OPS._mamba_block_bwd.default if "bwd" in name else op, args, **checks)
+
+
 @pytest.mark.parametrize("trained", [["hidden"], ["A_log"], ["in_proj", "out_bias"], ["dt_bias"]])
 def test_frozen_parts_get_no_gradient_and_the_others_the_same(trained, device):
     expected = evaluate(mamba_block, make(device))
@@ -151,6 +196,24 @@ def test_a_layer_uses_it_and_gives_what_its_parts_give(monkeypatch, device):
     layer.in_proj.register_forward_hook(lambda *_: called.append("hook"))
     torch.testing.assert_close(layer(x), whole)
     assert called == [1, "hook"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("length", [3, 4, 70])
+def test_prefill_is_one_call_that_fills_the_cache_as_the_parts_do(dtype, length, device, backend):
+    layer, x = (
+        make_layer(dtype=dtype).to(device),
+        torch.randn(2, length, 6, device=device, dtype=dtype),
+    )
+    caches = [layer.allocate_inference_cache(2, length) for _ in range(2)]
+    with torch.inference_mode():
+        whole = layer(x, _prefill(caches[0]))
+        layer.use_fast_path = False
+        parts = layer(x, _prefill(caches[1]))
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == BF16 else {}
+    torch.testing.assert_close(whole, parts, **tolerance)
+    for fast, plain in zip(*caches, strict=True):
+        torch.testing.assert_close(fast, plain, **tolerance)
 
 
 def test_recomputed_it_keeps_what_it_kept_the_first_time(device):

@@ -10,13 +10,10 @@ from torch import nn
 
 from mamba_ssm.models import fused_loss
 from mamba_ssm.models.loss import chunked_cross_entropy
+from mamba_ssm.ops import native
 
+OPS = torch.ops.mamba_ssm
 T, M, V = 57, 24, 130
-
-
-@pytest.fixture(autouse=True)
-def on_every_device(monkeypatch):
-    monkeypatch.setattr(fused_loss, "DEVICES", {"cpu", "cuda"})
 
 
 def make(device: str, dtype: torch.dtype = torch.float32):
@@ -104,3 +101,71 @@ def test_a_target_outside_the_vocabulary_is_an_error():
     targets[0, 0] = V
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         chunked_cross_entropy(head, hidden, targets, V)
+
+
+def _op_inputs(device, dtype, size, pitch=None):
+    g = torch.Generator().manual_seed(size)
+    rows = torch.zeros(9, pitch or size)
+    rows[:, :size] = 4 * torch.randn(9, size, generator=g)
+    rows[1, : size - 1] = -torch.inf  # nothing but the last column is possible
+    rows[2, :size] += 100
+    targets = torch.randint(size, (9,), generator=g)
+    targets[1], targets[4] = size - 1, -100
+    targets[5] = rows[5, :size].argmax()
+    rows[5, targets[5]] += 20  # almost sure
+    return rows.to(device, dtype)[:, :size], targets.to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 5, 64, 1000, 50280, 57344, 57352])
+def test_op_against_the_oracle(device, dtype, size):
+    op, reference = OPS._cross_entropy.default, OPS._cross_entropy.reference
+    for pitch in (None, size + 8, size + 3):
+        logits, targets = _op_inputs(device, dtype, size, pitch)
+        exact, plain, again = (
+            logits.double(),
+            logits.clone(),
+            _op_inputs(device, dtype, size, pitch)[0],
+        )
+        outside = logits.untyped_storage().size()
+        expected = reference(exact, targets, -100), reference(plain, targets, -100)
+        losses = op(logits, targets, -100)
+        assert losses.dtype == torch.float32 and logits.untyped_storage().size() == outside
+        assert_close_to_oracle(losses, expected[1], expected[0], "losses")
+        assert_close_to_oracle(logits, plain, exact, "d logits")
+        assert losses[4] == 0 and logits[4].eq(0).all()
+        assert torch.equal(op(again, targets, -100), losses) and torch.equal(again, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_op_check(device, dtype):
+    for overload in ("default", "reference"):
+        inputs = (*_op_inputs(device, dtype, 40), -100)
+        checks = {"test_utils": ("test_schema", "test_faketensor")}
+        torch.library.opcheck(getattr(OPS._cross_entropy, overload), inputs, **checks)
+
+
+def test_op_leaves_what_lies_between_rows_alone(device):
+    logits, targets = _op_inputs(device, torch.bfloat16, 64, pitch=72)
+    storage = logits.as_strided((9, 72), (72, 1))
+    storage[:, 64:] = 7
+    OPS._cross_entropy.default(logits, targets, -100)
+    assert storage[:, 64:].eq(7).all()
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and native.has_kernel("_cross_entropy", "cuda")),
+    reason="needs the CUDA kernel",
+)
+def test_wrong_calls_of_the_kernel_say_so():
+    logits, targets = _op_inputs("cuda", torch.bfloat16, 64)
+    op = OPS._cross_entropy.default
+    for call, message in (
+        ((logits.t(), targets), "logits must have contiguous rows"),
+        ((logits[:1].expand(9, 64), targets), "must not overlap"),
+        ((logits, targets.int()), "targets must be int64"),
+        ((logits, targets[1:]), "targets must be int64 of shape"),
+        ((logits[0], targets), "must have 2 dimensions"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*call, -100)

@@ -209,13 +209,16 @@ def test_norm(row, rms, isa):
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
     for dtotal in (None, dy.to(BF16), dy.t().contiguous().t()):
         inputs = (dy, dtotal, x, residual, weight, bias)
-        got = OPS._add_norm_bwd.default(*inputs, *actual[2:], rms)
-        expected = OPS._add_norm_bwd.reference(*inputs, *plain[2:], rms)
-        oracle = OPS._add_norm_bwd.reference(*map(to_double, inputs), *exact[2:], rms)
+        dtypes = (x.dtype, None if dtotal is None else torch.float32)
+        got = OPS._add_norm_bwd.default(*inputs, *actual[2:], rms, *dtypes)
+        expected = OPS._add_norm_bwd.reference(*inputs, *plain[2:], rms, *dtypes)
+        dtypes = (None, None if dtotal is None else torch.float64)
+        oracle = OPS._add_norm_bwd.reference(*map(to_double, inputs), *exact[2:], rms, *dtypes)
         if row.get("d") == 1 and not rms and dtotal is None:
             assert got[0].eq(0).all()  # a row of one is always normed to zero
             continue
-        for name, *values in zip(("dx", "dweight", "dbias"), got, expected, oracle, strict=True):
+        names = ("dx", "other", "dweight", "dbias")
+        for name, *values in zip(names, got, expected, oracle, strict=True):
             assert_close_to_oracle(*values, name)
 
 
@@ -239,7 +242,7 @@ def test_the_number_of_threads_changes_no_bit(layout, packed):
             *bits(OPS._causal_conv1d_fwd.default(*conv)),
             *bits(OPS._causal_conv1d_bwd.default(conv[0], dfinal, *conv)),
             *bits((update, state, y, mean, rstd)),
-            *bits(OPS._add_norm_bwd.default(y, None, *norm[:4], mean, rstd, False)),
+            *bits(OPS._add_norm_bwd.default(y, None, *norm[:4], mean, rstd, False, BF16, None)),
         )
 
     before, results = torch.get_num_threads(), []

@@ -266,8 +266,8 @@ def test_opcheck(rms, dtype, overload):
         args = (x, residual, weight, bias, 1e-5, rms, out_dtype)
         torch.library.opcheck(getattr(ops._add_norm_fwd, overload), args, **checks)
         y, _, mean, rstd = ops._add_norm_fwd.reference(*args)
-        for dtotal in (None, y):
-            args = (y, dtotal, x, residual, weight, bias, mean, rstd, rms)
+        for dtotal, *dtypes in ((None, None, None), (y, dtype, torch.float16)):
+            args = (y, dtotal, x, residual, weight, bias, mean, rstd, rms, *dtypes)
             torch.library.opcheck(getattr(ops._add_norm_bwd, overload), args, **checks)
 
 

@@ -13,16 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from scan_cases import CASES, make_inputs, make_seq_idx
 
 import mamba_ssm
-from mamba_ssm import MambaLMHeadModel, selective_scan_fn, selective_state_update
+from mamba_ssm import Mamba, MambaLMHeadModel, selective_scan_fn, selective_state_update
 from mamba_ssm.inference import cuda_decoder
 from mamba_ssm.models.config_mamba import MambaConfig
+from mamba_ssm.models.loss import chunked_cross_entropy
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.layer_norm import layer_norm_fn
 
@@ -65,21 +66,21 @@ def _scans() -> None:
 def _convolutions() -> None:
     for dtype in DTYPES:
         for width, length, packing in ((4, 70, ""), (2, 33, "holes"), (5, 3, ""), (3, 1, "")):
-            for channel_last in (False, True):
-                x = torch.randn(2, length, 67, device="cuda").to(dtype).transpose(1, 2)
+            for d, channel_last in ((67, False), (67, True), (68, True)):
+                x = torch.randn(2, length, d, device="cuda").to(dtype).transpose(1, 2)
                 inputs = {
                     "x": x if channel_last else x.contiguous(),
-                    "weight": torch.randn(67, width, device="cuda"),
-                    "bias": torch.randn(67, device="cuda"),
+                    "weight": torch.randn(d, width, device="cuda"),
+                    "bias": torch.randn(d, device="cuda"),
                 }
                 if packing:
                     seq_idx, states = make_seq_idx(packing, 2, length)
                     inputs |= {"seq_idx": seq_idx.cuda(), "num_sequences": states}
                 else:
-                    inputs["initial_states"] = torch.randn(2, 67, width - 1, device="cuda").to(x)
+                    inputs["initial_states"] = torch.randn(2, d, width - 1, device="cuda").to(x)
                 _run(
                     f"convolution, {dtype}, width {width}, length {length}, {packing or 'states'}"
-                    f"{', channel last' * channel_last}",
+                    f", {d} channels{' last' * channel_last}",
                     lambda **i: causal_conv1d_fn(**i, return_final_states=True, activation="silu"),
                     inputs,
                 )
@@ -95,11 +96,37 @@ def _norms() -> None:
                     "weight": torch.randn(d, device="cuda"),
                     "bias": torch.randn(d, device="cuda"),
                 }
-                _run(
-                    f"{'RMS' if rms else 'layer'} norm, {dtype}, {d} channels",
-                    lambda rms=rms, **i: layer_norm_fn(**i, prenorm=True, is_rms_norm=rms),
-                    inputs,
-                )
+                alone = {"x": inputs["x"], "weight": inputs["weight"], "bias": None}
+                for more, given in (("", inputs), (", without bias and residual", alone)):
+                    _run(
+                        f"{'RMS' if rms else 'layer'} norm, {dtype}, {d} channels{more}",
+                        lambda rms=rms, **i: layer_norm_fn(**i, prenorm=True, is_rms_norm=rms),
+                        given,
+                    )
+
+
+def _blocks() -> None:
+    for dtype in DTYPES:
+        for d_model, length in ((16, 37), (5, 3)):
+            layer = Mamba(d_model, device="cuda", dtype=dtype)
+            x = torch.randn(2, length, d_model, device="cuda", dtype=dtype)
+            _run(
+                f"block, {dtype}, {d_model} wide, {length} steps", lambda x, f=layer: f(x), {"x": x}
+            )
+
+
+def _losses() -> None:
+    for dtype in DTYPES:
+        for vocabulary in (9, 64, 8200):
+            head = nn.Linear(24, vocabulary, bias=False, device="cuda", dtype=dtype)
+            targets = torch.arange(-1, 8, device="cuda")[None]
+            _run(
+                f"loss, {dtype}, {vocabulary} tokens",
+                lambda x, head=head, t=targets: chunked_cross_entropy(
+                    head, x, t, head.out_features, -1
+                ),
+                {"x": torch.randn(1, 9, 24, device="cuda", dtype=dtype)},
+            )
 
 
 @torch.no_grad()
@@ -147,6 +174,8 @@ PARTS = {
     "scans": _scans,
     "convolutions": _convolutions,
     "norms": _norms,
+    "blocks": _blocks,
+    "losses": _losses,
     "decoding": _decoding,
     "steps": _decode_steps,
 }

@@ -20,8 +20,9 @@ struct NormParams {
   // Backward; mean and rstd are read, with these strides.
   int64_t mean_stride = 1, rstd_stride = 1;
   TensorArg dy, dresidual_out;  // (rows, size); dresidual_out optional
-  float* dx = nullptr;          // (rows, size), contiguous
-  float* partial = nullptr;     // (groups, 2, size): each group's share of dweight and dbias
+  TensorArg dx, other;          // (rows, size), contiguous: one gradient in two dtypes, if asked
+  float* partial =
+      nullptr;  // (groups, size), or (groups, 2, size) with a bias: shares of dweight, dbias
 };
 
 }  // namespace mamba

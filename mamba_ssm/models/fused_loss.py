@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba_ssm.ops import backend
 from mamba_ssm.ops._autograd import (
     differentiable_backward,
     transforms_active,
@@ -91,33 +92,32 @@ def _add_weight_gradient(to: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         to.add_(torch.mm(dlogits.t(), hidden))
 
 
+def _kernel(hidden: Tensor) -> Callable:
+    """The op that turns logits into their gradient. Where no library has a kernel for it torch's
+    own are what is meant, not a fallback: no choice of a backend forbids them."""
+    if backend.runs_native("_cross_entropy", hidden.device.type, hidden.dtype):
+        return torch.ops.mamba_ssm._cross_entropy.default
+    return torch.ops.mamba_ssm._cross_entropy.reference
+
+
 def _pass(hidden, weight, targets, ignore_index, size, wanted) -> tuple:
     """(sum of losses, d hidden, d weight in fp32), of sums rather than means."""
     ignored = (targets == ignore_index)[:, None]
-    index = targets[:, None].masked_fill(ignored, 0)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     dhidden = torch.empty_like(hidden) if wanted[0] else None
     dweight = None
     if wanted[1]:
         dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         counted = hidden.masked_fill(ignored, 0)
+    op = _kernel(hidden)
     for start in range(0, hidden.shape[0], size):
         rows = slice(start, start + size)
         logits = F.linear(hidden[rows], weight)
-        log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-        chosen = log_p.gather(1, index[rows])
-        total -= chosen.masked_fill(ignored[rows], 0).sum()
-        if not any(wanted):
-            continue
-        # p in place of the logits, and p - 1 for the target without losing the digits of a p near 1
-        dlogits = log_p.exp_() if logits.dtype == log_p.dtype else torch.exp(log_p, out=logits)
-        dlogits.scatter_(1, index[rows], torch.expm1(chosen).to(dlogits.dtype))
+        total += op(logits, targets[rows], ignore_index).sum()
         if dhidden is not None:
-            torch.mm(dlogits, weight, out=dhidden[rows])
+            torch.mm(logits, weight, out=dhidden[rows])
         if dweight is not None:
-            _add_weight_gradient(dweight, dlogits, counted[rows])
-    if dhidden is not None:
-        dhidden.masked_fill_(ignored, 0)
+            _add_weight_gradient(dweight, logits, counted[rows])
     return total, dhidden, dweight
 
 

@@ -9,12 +9,38 @@ from torch import nn
 
 from mamba_ssm.modules.sequence_args import is_plain
 from mamba_ssm.ops import mamba_inner
-from mamba_ssm.ops.mamba_block import block_applies, mamba_block
+from mamba_ssm.ops.mamba_block import block_applies, mamba_block, mamba_block_with_state
 
 
 def at_least_fp32(x: torch.Tensor | None) -> torch.Tensor | None:
     """x in fp32, or as it is where it is fp64 or None."""
     return x if x is None or x.dtype == torch.float64 else x.float()
+
+
+def _weights(layer: nn.Module) -> tuple[torch.Tensor | None, ...]:
+    return (
+        layer.in_proj.weight,
+        layer.in_proj.bias,
+        layer.conv1d.weight,
+        layer.conv1d.bias,
+        layer.x_proj.weight,
+        layer.dt_proj.weight,
+        layer.dt_proj.bias,
+        layer.A_log,
+        layer.D,
+        layer.out_proj.weight,
+        layer.out_proj.bias,
+    )
+
+
+def fused_prefill(
+    layer: nn.Module, hidden_states: torch.Tensor, inner: Callable
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """(out, the convolution's input (b, d, l), state (b, d, n)) of such a mixer, or None where one
+    call of the compiled kernels does not serve."""
+    if inner is not mamba_inner.mamba_inner_fn or not is_plain(layer.in_proj, nn.Linear):
+        return None
+    return mamba_block_with_state(hidden_states, *_weights(layer))
 
 
 def fused_forward(layer: nn.Module, hidden_states: torch.Tensor, inner: Callable) -> torch.Tensor:
@@ -25,20 +51,7 @@ def fused_forward(layer: nn.Module, hidden_states: torch.Tensor, inner: Callable
     """
     whole = inner is mamba_inner.mamba_inner_fn and is_plain(layer.in_proj, nn.Linear)
     if whole and block_applies(hidden_states):
-        return mamba_block(
-            hidden_states,
-            layer.in_proj.weight,
-            layer.in_proj.bias,
-            layer.conv1d.weight,
-            layer.conv1d.bias,
-            layer.x_proj.weight,
-            layer.dt_proj.weight,
-            layer.dt_proj.bias,
-            layer.A_log,
-            layer.D,
-            layer.out_proj.weight,
-            layer.out_proj.bias,
-        )
+        return mamba_block(hidden_states, *_weights(layer))
     return inner(
         layer.in_proj(hidden_states).transpose(1, 2),
         layer.conv1d.weight,

@@ -21,7 +21,7 @@ from mamba_ssm.modules.block import Block
 from mamba_ssm.modules.constructor_checks import check_mamba_arguments
 from mamba_ssm.modules.dt_projection import DtProjection
 from mamba_ssm.modules.fused_path import at_least_fp32 as _at_least_fp32
-from mamba_ssm.modules.fused_path import fused_forward
+from mamba_ssm.modules.fused_path import fused_forward, fused_prefill
 from mamba_ssm.modules.sequence_args import (
     Packing,
     causal_convolution,
@@ -319,6 +319,17 @@ class Mamba(nn.Module):
         cache = self._get_states_from_cache(inference_params, packing.num_sequences)
         if continuing and packing.seq_idx is None and not return_final_state:
             return self.step(hidden_states, *cache)[0]
+        length = hidden_states.shape[1]
+        plain_call = not continuing and initial_state is None and packing.seq_idx is None
+        if plain_call and not return_final_state and length >= self.d_conv:
+            whole = None
+            if self._fast_path_applies():
+                whole = fused_prefill(self, hidden_states, mamba_inner_fn)
+            if whole is not None:
+                out, conv_input, state = whole
+                cache[0].copy_(conv_input[..., -self.d_conv :])
+                cache[1].copy_(state)
+                return out
         old_conv = None
         if continuing:
             # The ops may keep what they read for backward, and the cache is about to change.

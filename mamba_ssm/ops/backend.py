@@ -49,6 +49,9 @@ SHIPPED_KERNELS = {
             "_add_norm_bwd",
             "_state_update",
             "_decode_step_weights",
+            "_cross_entropy",
+            "_mamba_block_fwd",
+            "_mamba_block_bwd",
         }
     ),
 }
@@ -162,6 +165,11 @@ def resolve(op: str, device_type: str, dtype: torch.dtype) -> Callable:
     if op in SHIPPED_KERNELS.get(device_type, ()) and not usable:
         _warn_slower(op, device_type, dtype)
     return _REFERENCE[op]
+
+
+def runs_native(op: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a call that may do with the compiled kernel of ``op`` or without it gets it."""
+    return _choice in ("auto", "native") and why_not_native(op, device_type, dtype) is None
 
 
 def _served(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:

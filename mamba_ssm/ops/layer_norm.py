@@ -68,29 +68,32 @@ class _AddNormFn(torch.autograd.Function):
         x, residual, weight, bias, mean, rstd = ctx.saved_tensors
         dtotal = None if ctx.absent else dtotal
         if wants_double_backward():
-            dsum, other, dweight, dbias = differentiable_backward(
+            dx, other, dweight, dbias = differentiable_backward(
                 lambda *args: _plain(
                     *args, ctx.eps, ctx.is_rms_norm, ctx.dtype, ctx.residual_dtype
                 ),
                 (x, residual, weight, bias),
                 (dy, dtotal),
             )
+            other = dx if ctx.summed else other
+            dx = None if dx is None else dx.to(ctx.dtype)
+            if ctx.other_dtype is not None and other is not None:
+                other = other.to(ctx.other_dtype)
         else:
             dy = torch.zeros_like(x, dtype=ctx.dtype) if dy is None else dy
             op = backend.resolve("_add_norm_bwd", x.device.type, ctx.kernel_dtype)
             dtotal, residual = (None if t is None else _rows(t) for t in (dtotal, residual))
-            dsum, dweight, dbias = op(
-                _rows(dy), dtotal, _rows(x), residual, weight, bias, mean, rstd, ctx.is_rms_norm
-            )
-            dsum = dsum.view(x.shape)
-            other, dweight = dsum, dweight.to(weight.dtype)
+            second = None if ctx.other_dtype == ctx.dtype else ctx.other_dtype
+            dx, other, dweight, dbias = op(
+                _rows(dy), dtotal, _rows(x), residual, weight, bias, mean, rstd, ctx.is_rms_norm,
+                ctx.dtype, second,
+            )  # fmt: skip
+            dx = dx.view(x.shape)
+            other, dweight = dx if second is None else other.view(x.shape), dweight.to(weight.dtype)
             dbias = None if bias is None else dbias.to(bias.dtype)
-        if ctx.summed:
-            other = dsum
-        dx = None if dsum is None else dsum.to(ctx.dtype)
-        if ctx.other_dtype is None or other is None:
-            return dx, None, dweight, dbias, None, None, None
-        return dx, other.to(ctx.other_dtype), dweight, dbias, None, None, None
+        if ctx.other_dtype is None:
+            other = None
+        return dx, other, dweight, dbias, None, None, None
 
 
 def _plain(x, residual, weight, bias, eps, is_rms_norm, dtype, residual_dtype) -> tuple:

@@ -26,7 +26,7 @@ from ._checks import check_dtype, check_shape
 from .chunking import chunk_size_for
 from .dtypes import accumulate_dtype, kernel_dtype, no_wider_than
 from .mamba_inner import _check_inner, _compose, _Options
-from .mamba_inner_steps import SMALL_WEIGHT, Args, _weight_gradient
+from .mamba_inner_steps import SMALL_WEIGHT, Args, _weight_gradient, gradient_dtype
 
 
 class BlockArgs(NamedTuple):
@@ -98,12 +98,14 @@ class MambaBlockFn(torch.autograd.Function):
     """Autograd of :func:`mamba_block`."""
 
     @staticmethod
-    def forward(ctx, autocast, keep_states, *tensors):
+    def forward(ctx, autocast, keep_states, in_one, *tensors):
         t = BlockArgs(*tensors)
         b, length, m = t.hidden.shape
         d, n = t.A_log.shape
         ctx.sizes = s = _Sizes(b, length, d, n, t.dt_proj.shape[1])
-        ctx.autocast = autocast
+        ctx.autocast, ctx.in_one = autocast, in_one
+        if in_one:
+            return _forward_in_one(ctx, t, keep_states)
         device = t.hidden.device.type
         with without_autocast(device):
             rows = t.hidden.reshape(b * length, m)
@@ -124,7 +126,8 @@ class MambaBlockFn(torch.autograd.Function):
                 *_scan_inputs(s, conv, xz, x_dbl, dt_proj, small),
                 ctx.chunk_size,
             )
-            out = _linear(s.rows(y), out_proj, t.out_bias)
+            y = s.rows(y)
+            out = _linear(y, out_proj, t.out_bias)
         if keep_states:
             # Weights as they were used, where they are small: casting them again would cost time,
             # keeping a large one memory in every layer.
@@ -144,7 +147,40 @@ class MambaBlockFn(torch.autograd.Function):
             else:
                 ctx.maybe_clear_saved_tensors()  # does nothing where the graph is kept
                 grads = _backward(ctx, saved, dout)
-        return (None, None, *grads)
+        return (None, None, None, *grads)
+
+
+def _forward_in_one(ctx, t: BlockArgs, keep_states: bool) -> Tensor:
+    """The forward as one call of the compiled kernels."""
+    op = backend.resolve("_mamba_block_fwd", t.hidden.device.type, ctx.in_one)
+    ctx.chunk_size = chunk_size_for(t.hidden.shape[1], op, t.hidden.device.type, keep_states)
+    out, rows, *saved = op(
+        t.hidden, t.in_proj, t.conv_weight.flatten(1), t.conv_bias, t.x_proj, t.dt_proj, t.dt_bias,
+        t.A_log, t.D, t.out_proj, ctx.in_one, ctx.chunk_size,
+    )  # fmt: skip
+    if keep_states:
+        saved, used = saved[:5], saved[6:]
+        rows = rows if rows.dim() == 2 else None  # None: hidden itself
+        # Absent ones came in the dtype they were used in.
+        used = [u if 0 < u.numel() <= SMALL_WEIGHT else None for u in used]
+        ctx.save_for_backward(*t, rows, *saved, *used)
+    return out
+
+
+def _backward_in_one(ctx, t: BlockArgs, wanted: BlockArgs, rest: list, d: dict) -> None:
+    """Fills ``d`` with what is left after out_proj's gradients, in one call of the kernels."""
+    dy, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj = rest
+    bits = wanted.hidden + 2 * wanted.in_proj + 4 * wanted.x_proj + 8 * wanted.dt_proj
+    op = backend.resolve("_mamba_block_bwd", xz.device.type, xz.dtype)
+    (
+        d["hidden"], d["in_proj"], d["conv_weight"], d["conv_bias"], d["x_proj"], d["dt_proj"],
+        d["dt_bias"], d["A_log"], d["D"],
+    ) = op(
+        dy, conv, rows, xz, x_dbl, A, states, in_proj, t.conv_weight.flatten(1), t.conv_bias,
+        x_proj, dt_proj, t.dt_bias, t.D, t.hidden.dtype, gradient_dtype(t.in_proj, xz.dtype),
+        gradient_dtype(t.x_proj, xz.dtype), gradient_dtype(t.dt_proj, xz.dtype), bits,
+        ctx.chunk_size,
+    )  # fmt: skip
 
 
 def _matching(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -156,30 +192,44 @@ def _matching(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
 
 def _backward(ctx, saved: list[Tensor | None], dout: Tensor) -> list[Tensor | None]:
     """Gradients of BlockArgs. ``saved`` is emptied: large tensors go after their last use."""
-    s, wanted = ctx.sizes, BlockArgs(*ctx.needs_input_grad[2:])
+    s, wanted = ctx.sizes, BlockArgs(*ctx.needs_input_grad[3:])
     t = BlockArgs(*saved[: len(BlockArgs._fields)])
     rows, xz, x_dbl, A, y, states, *used = saved[len(BlockArgs._fields) :]
     saved.clear()
+    rows = t.hidden.view(s.b * s.length, -1) if rows is None else rows
     in_proj, x_proj, dt_proj, out_proj = (
         weight.to(xz.dtype) if kept is None else kept
         for weight, kept in zip((t.in_proj, t.x_proj, t.dt_proj, t.out_proj), used, strict=True)
     )
     del used
     # Before any product: torch warns where a thread's first work on a GPU is a matrix product.
-    conv_weight = t.conv_weight.flatten(1)
-    x = s.sequences(xz)
-    conv = _convolve(s, x, conv_weight, t.conv_bias)
+    conv = _convolve(s, s.sequences(xz), t.conv_weight.flatten(1), t.conv_bias)
     d_rows = dout.reshape(s.b * s.length, dout.shape[2])
     d_rows = d_rows if d_rows.dtype == xz.dtype else d_rows.to(xz.dtype)
     d = dict.fromkeys(BlockArgs._fields)
     if wanted.out_proj:
-        d["out_proj"] = _weight_gradient(d_rows, s.rows(y), t.out_proj)
+        d["out_proj"] = _weight_gradient(d_rows, y, t.out_proj)
     if wanted.out_bias:
         d["out_bias"] = d_rows.sum(dim=0, dtype=accumulate_dtype(dout))
     del y
-    dy = s.sequences(torch.mm(d_rows, out_proj))
+    dy = torch.mm(d_rows, out_proj)
     del out_proj, d_rows
+    rest = [dy, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj]
+    del dy, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj
+    (_backward_in_one if ctx.in_one else _backward_by_op)(ctx, t, wanted, rest, d)
+    return [
+        _matching(grad, like) if want else None
+        for grad, like, want in zip(d.values(), t, wanted, strict=True)
+    ]
 
+
+def _backward_by_op(ctx, t: BlockArgs, wanted: BlockArgs, rest: list, d: dict) -> None:
+    """What :func:`_backward_in_one` does, op by op. ``rest`` is emptied as ``saved`` is."""
+    s = ctx.sizes
+    dy, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj = rest
+    rest.clear()
+    x, conv_weight = s.sequences(xz), t.conv_weight.flatten(1)
+    dy = s.sequences(dy)
     acc = accumulate_dtype(xz)
     small = A, no_wider_than(_wide(t.D), acc), no_wider_than(_wide(t.dt_bias), acc)
     op = backend.resolve("_selective_scan_bwd", xz.device.type, xz.dtype)
@@ -218,10 +268,6 @@ def _backward(ctx, saved: list[Tensor | None], dout: Tensor) -> list[Tensor | No
         d["in_bias"] = dxz.sum(dim=0, dtype=acc)
     if wanted.hidden:
         d["hidden"] = torch.mm(dxz, in_proj)
-    return [
-        _matching(grad, like) if want else None
-        for grad, like, want in zip(d.values(), t, wanted, strict=True)
-    ]
 
 
 def _inner_args(t: BlockArgs, xz: Tensor, A: Tensor) -> Args:
@@ -273,6 +319,16 @@ def _check(t: BlockArgs) -> None:
     _checked.add(key)
 
 
+def _dtype_in_one(t: BlockArgs, autocast: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of the projections where one call of the compiled kernels serves, else None."""
+    dtype = autocast or t.in_proj.dtype
+    if not backend.runs_native("_mamba_block_fwd", t.hidden.device.type, dtype):
+        return None
+    if t.in_bias is not None or t.out_bias is not None or t.hidden.numel() == 0:
+        return None
+    return None if accumulate_dtype(*t) == torch.float64 else dtype
+
+
 # Device types whose results the tests have compared; mamba_inner_fn serves the others.
 DEVICES = {"cpu", "cuda"}
 
@@ -315,4 +371,26 @@ def mamba_block(
     _check(t)
     device = hidden.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return run(MambaBlockFn, autocast, needs_grad(*t), *t)
+    return run(MambaBlockFn, autocast, needs_grad(*t), _dtype_in_one(t, autocast), *t)
+
+
+def mamba_block_with_state(*args: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """:func:`mamba_block` for prefill: (out, the convolution's input (b, d, l), state (b, d, n)).
+
+    None where one call of the compiled kernels does not serve, or where autograd records.
+    """
+    t = BlockArgs(*args)
+    device = t.hidden.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    dtype = _dtype_in_one(t, autocast)
+    if dtype is None or not block_applies(t.hidden) or needs_grad(*t):
+        return None
+    _check(t)
+    op = backend.resolve("_mamba_block_fwd", device, dtype)
+    out, _, xz, _, _, _, _, state, *_ = op(
+        t.hidden, t.in_proj, t.conv_weight.flatten(1), t.conv_bias, t.x_proj, t.dt_proj, t.dt_bias,
+        t.A_log, t.D, t.out_proj, dtype, chunk_size_for(t.hidden.shape[1], op, device, False),
+    )  # fmt: skip
+    d, n = t.A_log.shape
+    sizes = _Sizes(*t.hidden.shape[:2], d, n, t.dt_proj.shape[1])
+    return out, sizes.sequences(xz), state

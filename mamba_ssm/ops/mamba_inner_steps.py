@@ -71,10 +71,11 @@ def _rms_rows_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, eps:
     rows = x.flatten(0, 1)
     rstd = torch.rsqrt(rows.to(accumulate_dtype(x)).square().mean(dim=1) + eps)
     op = backend.resolve("_add_norm_bwd", x.device.type, kernel_dtype(x, weight))
-    dx, dweight, _ = op(
-        dy.flatten(0, 1), None, rows, None, weight, None, rstd.new_empty((0,)), rstd, True
-    )
-    return dx.view(x.shape).to(x.dtype), dweight
+    dx, _, dweight, _ = op(
+        dy.flatten(0, 1), None, rows, None, weight, None, rstd.new_empty((0,)), rstd, True,
+        x.dtype, None,
+    )  # fmt: skip
+    return dx.view(x.shape), dweight
 
 
 def project(args: Args, x_dbl: Tensor, delta_raw: Tensor | None, eps: float) -> Projected:
@@ -128,13 +129,18 @@ def _cat_channels(x: Tensor, z: Tensor, like: Tensor) -> Tensor:
     return torch.cat([x, z], dim=1)
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    """dy^T x of rows (m, o) and (m, i): in fp32 at once where the weight is fp32 and torch can.
+def gradient_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """In what a product of ``dtype`` gives a weight's gradient: fp32 at once where the weight is.
 
     Not of a large weight: its gradient is made before the backward's peak of memory.
     """
-    narrow = like.dtype == torch.float32 and dy.dtype in (torch.float16, torch.bfloat16)
-    narrow = narrow and like.numel() <= SMALL_WEIGHT
+    narrow = dtype in (torch.float16, torch.bfloat16) and weight.dtype == torch.float32
+    return torch.float32 if narrow and weight.numel() <= SMALL_WEIGHT else dtype
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """dy^T x of rows (m, o) and (m, i), in :func:`gradient_dtype` where torch can."""
+    narrow = gradient_dtype(like, dy.dtype) != dy.dtype
     if narrow and dy.is_cuda and MM_WITH_DTYPE and not torch.compiler.is_compiling():
         return torch.mm(dy.t(), x, out_dtype=torch.float32)
     return dy.t() @ x

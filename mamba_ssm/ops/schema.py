@@ -26,7 +26,9 @@ from torch import Tensor
 from .dtypes import accumulate_dtype
 from .layout import empty_like_layout
 from .reference import causal_conv1d as _ref_conv
+from .reference import cross_entropy as _ref_loss
 from .reference import decode as _ref_decode
+from .reference import mamba_block as _ref_block
 from .reference import norm as _ref_norm
 from .reference import selective_scan as _ref_scan
 from .reference import state_update as _ref_update
@@ -140,10 +142,13 @@ def _norm_fwd_fake(x, residual, weight, bias, eps, is_rms_norm, residual_dtype):
     return x.new_empty(x.shape), residual_out, mean, x.new_empty((rows,), dtype=acc)
 
 
-def _norm_bwd_fake(dy, dresidual_out, x, residual, weight, bias, mean, rstd, is_rms_norm):
+def _norm_bwd_fake(
+    dy, dresidual_out, x, residual, weight, bias, mean, rstd, is_rms_norm, dx_dtype, other_dtype
+):  # fmt: skip
     acc = accumulate_dtype(x, residual)
     return (
-        dy.new_empty(dy.shape, dtype=acc),
+        dy.new_empty(dy.shape, dtype=dx_dtype or acc),
+        _absent(dy) if other_dtype is None else dy.new_empty(dy.shape, dtype=other_dtype),
         weight.new_empty(weight.shape, dtype=acc),
         _optional_like(bias, dy, acc),
     )
@@ -158,6 +163,65 @@ def _decode_step_weights_fake(
     ids, embedding, weights, eps, is_rms_norm, residual_dtype, conv_states, ssm_states
 ):
     return embedding.new_empty((ids.shape[0], weights[-1].shape[0]))
+
+
+def _block_fwd_fake(
+    hidden, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, dtype,
+    chunk_size,
+):  # fmt: skip
+    b, length, m = hidden.shape
+    d, n = A_log.shape
+    acc = torch.promote_types(dtype, torch.float32)
+
+    def new(*shape, dtype=dtype):
+        return hidden.new_empty(shape, dtype=dtype)
+
+    rows = new(b * length, m)
+    if hidden.dtype == dtype and hidden.is_contiguous():
+        rows = new(0)
+    used = [
+        new(0) if weight.dtype == dtype else new(*weight.shape)
+        for weight in (in_proj, x_proj, dt_proj, out_proj)
+    ]
+    return (
+        new(b, length, out_proj.shape[0]),
+        rows,
+        new(b * length, 2 * d),
+        new(b * length, x_proj.shape[0]),
+        new(d, n, dtype=acc),
+        new(b * length, d),
+        new(b, _number_of_chunks(length, chunk_size), d, n, dtype=acc),
+        new(b, d, n, dtype=acc),
+        *used,
+    )
+
+
+def _block_bwd_fake(
+    dy, conv, rows, xz, x_dbl, A, states, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias,
+    D, hidden_dtype, in_dtype, x_dtype, dt_dtype, wanted, chunk_size,
+):  # fmt: skip
+    wide = torch.promote_types(xz.dtype, torch.float32)
+
+    def gradient(bit: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        if not wanted & bit:
+            return _absent(xz)
+        return xz.new_empty(like.shape, dtype=wide if dtype == torch.float32 else xz.dtype)
+
+    return (
+        gradient(1, rows, hidden_dtype),
+        gradient(2, in_proj, in_dtype),
+        conv_weight.new_empty(conv_weight.shape, dtype=wide),
+        _optional_like(conv_bias, xz, wide),
+        gradient(4, x_proj, x_dtype),
+        gradient(8, dt_proj, dt_dtype),
+        _optional_like(dt_bias, xz, wide),
+        A.new_empty(A.shape),
+        D.new_empty(D.shape, dtype=wide),
+    )
+
+
+def _cross_entropy_fake(logits, targets, ignore_index):
+    return logits.new_empty((logits.shape[0],), dtype=accumulate_dtype(logits))
 
 
 OPS: tuple[Op, ...] = (
@@ -233,10 +297,10 @@ OPS: tuple[Op, ...] = (
     Op(
         "_add_norm_bwd",
         "(Tensor dy, Tensor? dresidual_out, Tensor x, Tensor? residual, Tensor weight, "
-        "Tensor? bias, Tensor mean, Tensor rstd, bool is_rms_norm) -> "
-        "(Tensor dx, Tensor dweight, Tensor dbias)",
-        "gradients of _add_norm_fwd, all fp32; dx is that of the sum x + residual, which may "
-        "also be given whole as x",
+        "Tensor? bias, Tensor mean, Tensor rstd, bool is_rms_norm, ScalarType? dx_dtype, "
+        "ScalarType? other_dtype) -> (Tensor dx, Tensor other, Tensor dweight, Tensor dbias)",
+        "gradients of _add_norm_fwd, fp32 unless a dtype says else; dx is that of the sum "
+        "x + residual, which may also be given whole as x; other is dx in a second dtype, if asked",
         _ref_norm.add_norm_bwd,
         _norm_bwd_fake,
     ),
@@ -257,6 +321,40 @@ OPS: tuple[Op, ...] = (
         "-> logits (b, vocab)",
         _ref_decode.decode_step_weights,
         _decode_step_weights_fake,
+    ),
+    Op(
+        "_mamba_block_fwd",
+        "(Tensor hidden, Tensor in_proj, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj, "
+        "Tensor dt_proj, Tensor? dt_bias, Tensor A_log, Tensor D, Tensor out_proj, "
+        "ScalarType dtype, SymInt chunk_size) -> (Tensor out, Tensor rows, Tensor xz, "
+        "Tensor x_dbl, Tensor A, Tensor y, Tensor states, Tensor final_state, Tensor in_used, "
+        "Tensor x_used, Tensor dt_used, Tensor out_used)",
+        "the mixer of hidden (b,l,m) in dtype: out (b,l,e); what its backward needs as rows "
+        "(b l,·), and hidden's rows and the weights in dtype, absent where they came so",
+        _ref_block.mamba_block_fwd,
+        _block_fwd_fake,
+    ),
+    Op(
+        "_mamba_block_bwd",
+        "(Tensor dy, Tensor conv, Tensor rows, Tensor xz, Tensor x_dbl, Tensor A, Tensor states, "
+        "Tensor in_proj, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, "
+        "Tensor? dt_bias, Tensor D, ScalarType hidden_dtype, ScalarType in_dtype, "
+        "ScalarType x_dtype, ScalarType dt_dtype, int wanted, SymInt chunk_size) -> "
+        "(Tensor d_hidden, Tensor d_in, Tensor d_conv_weight, Tensor d_conv_bias, Tensor d_x, "
+        "Tensor d_dt, Tensor d_dt_bias, Tensor dA_log, Tensor dD)",
+        "gradients of _mamba_block_fwd from that of y (b l,d) on, given conv (b,d,l) again; those "
+        "of hidden's rows, in_proj, x_proj, dt_proj where bits 1, 2, 4, 8 of wanted are set, in "
+        "fp32 where their dtype is",
+        _ref_block.mamba_block_bwd,
+        _block_bwd_fake,
+    ),
+    Op(
+        "_cross_entropy",
+        "(Tensor(a!) logits, Tensor targets, int ignore_index) -> Tensor",
+        "losses (t,) in fp32 of logits (t,V), rows contiguous, against targets (t,) int64; the "
+        "logits become the gradient of the losses' sum; both are 0 for an ignored target",
+        _ref_loss.cross_entropy,
+        _cross_entropy_fake,
     ),
     Op(
         "_pack_weight",

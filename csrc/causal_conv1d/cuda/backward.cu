@@ -1,193 +1,14 @@
 // The convolution's backward. With the gradient g of the sums before the activation,
 //   dx_t = sum_j weight[w-1-j] g_{t+j},  dweight[k] = sum_t g_t x_{t-(w-1-k)},  dbias = sum_t g_t.
 #include "../../common/cuda_reduce.h"
-#include "conv.cuh"
+#include "channels.cuh"
+#include "steps.cuh"
 
 namespace mamba {
 namespace {
 
 __device__ __forceinline__ float gradient_of(const ConvParams& p, float dout, float sum) {
   return p.silu ? dout * conv_dsilu(sum) : dout;
-}
-
-__device__ __forceinline__ void store_share(float* share, int64_t channels, int width,
-                                            int64_t channel, const float* dweight, float dbias) {
-  for (int k = 0; k < width; ++k) share[channel * width + k] = dweight[k];
-  share[channels * width + channel] = dbias;
-}
-
-// A thread: kBackwardSteps steps of four neighbouring channels. It runs w - 1 steps further, for
-// the gradients that its last inputs need.
-template <int W, bool kWide>
-__global__ void __launch_bounds__(kConvThreads, 5)
-    backward_channels_kernel(const __grid_constant__ CudaConvParams c) {
-  constexpr int V = kBackwardChannels;
-  const ConvParams& p = c.p;
-  const int64_t vectors = p.channels / V, chunks = (p.length + kBackwardSteps - 1) / kBackwardSteps;
-  const int64_t i = int64_t{blockIdx.x} * kConvThreads + threadIdx.x;
-  if (i >= vectors * chunks * p.batch) return;
-  const int64_t channel = i % vectors * V, row = i / vectors / chunks;
-  const int64_t start = i / vectors % chunks * kBackwardSteps;
-  const int64_t end = min(start + kBackwardSteps, p.length);
-  const int64_t x_row = row * p.x.stride[0] + channel, dx_row = row * p.dx.stride[0] + channel;
-  const int64_t dout_row = row * p.dout.stride[0] + channel;
-  float weight[W][V], bias[V], window[W][V], g[W][V] = {}, dweight[V][W] = {}, dbias[V] = {};
-  load_weights<W, V>(p, channel, weight, bias);
-  load_window<W, V, kWide>(p, row, channel, start, window);
-  const auto load = [&](float (&x)[V], float (&dout)[V], int64_t t) {
-    load_aligned<V>(x, p.x.data, conv_dtype<kWide>(p.x), x_row + t * p.x.stride[2]);
-    load_aligned<V>(dout, p.dout.data, conv_dtype<kWide>(p.dout), dout_row + t * p.dout.stride[2]);
-  };
-  const auto step = [&](const float (&x)[V], const float (&dout)[V], int64_t t, bool exists,
-                        bool own) {
-    float dx[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-#pragma unroll
-      for (int k = 0; k + 1 < W; ++k) window[k][v] = window[k + 1][v], g[k][v] = g[k + 1][v];
-      window[W - 1][v] = x[v];
-      float sum = bias[v];
-#pragma unroll
-      for (int k = W - 1; k >= 0; --k) sum = fmaf(weight[k][v], window[k][v], sum);
-      const float fresh = exists ? gradient_of(p, dout[v], sum) : 0.0f;
-      g[W - 1][v] = fresh;
-      const float counted = own ? fresh : 0.0f;
-      dbias[v] += counted;
-      dx[v] = 0.0f;
-#pragma unroll
-      for (int k = 0; k < W; ++k) {
-        dweight[v][k] = fmaf(counted, window[k][v], dweight[v][k]);
-        dx[v] = fmaf(weight[W - 1 - k][v], g[k][v], dx[v]);
-      }
-    }
-    const int64_t at = t - (W - 1);
-    if (at < start) return;
-    const int64_t column = at - (p.length - (W - 1));
-    if (p.dfinal.data && column >= 0) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) dx[v] += load_at(p.dfinal, row, channel + v, column);
-    }
-    store_aligned<V>(dx, p.dx.data, conv_dtype<kWide>(p.dx), dx_row + at * p.dx.stride[2]);
-  };
-  int64_t t = start;
-  for (; t + kBackwardBatch <= end; t += kBackwardBatch) {
-    float x[kBackwardBatch][V], dout[kBackwardBatch][V];
-#pragma unroll
-    for (int k = 0; k < kBackwardBatch; ++k) load(x[k], dout[k], t + k);
-#pragma unroll
-    for (int k = 0; k < kBackwardBatch; ++k) step(x[k], dout[k], t + k, true, true);
-  }
-  for (; t < end; ++t) {
-    float x[V], dout[V];
-    load(x, dout, t);
-    step(x, dout, t, true, true);
-  }
-#pragma unroll
-  for (int k = 0; k + 1 < W; ++k) {
-    float x[V] = {}, dout[V] = {};
-    const bool exists = end + k < p.length;
-    if (exists) load(x, dout, end + k);
-    step(x, dout, end + k, exists, false);
-  }
-  float* const share = c.partial + (row * chunks + start / kBackwardSteps) * p.channels * (W + 1);
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    store_share(share, p.channels, W, channel + v, dweight[v], dbias[v]);
-  }
-}
-
-template <bool kWide>
-__device__ __forceinline__ void load_steps(float (&v)[kVector], const TensorArg& t, int64_t row,
-                                           int64_t start, int64_t length) {
-  if (start + kVector <= length) {
-    load_aligned<kVector>(v, t.data, conv_dtype<kWide>(t), row + start);
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
-    v[k] = start + k < length ? load_float(t.data, t.dtype, row + start + k) : 0.0f;
-  }
-}
-
-// A warp: one channel of one row, 256 steps at a time from the last to the first; each lane has
-// eight.
-template <int W, bool kWide>
-__global__ void __launch_bounds__(kConvThreads, 5)
-    backward_steps_kernel(const __grid_constant__ CudaConvParams c) {
-  constexpr unsigned kAll = 0xffffffffu;
-  constexpr int kStretch = 32 * kVector;
-  const ConvParams& p = c.p;
-  const int64_t i = int64_t{blockIdx.x} * (kConvThreads / 32) + threadIdx.x / 32;
-  if (i >= p.batch * p.channels) return;
-  const int lane = threadIdx.x % 32;
-  const int64_t row = i / p.channels, channel = i % p.channels;
-  const int64_t x_row = row * p.x.stride[0] + channel * p.x.stride[1];
-  const int64_t dout_row = row * p.dout.stride[0] + channel * p.dout.stride[1];
-  const int64_t dx_row = row * p.dx.stride[0] + channel * p.dx.stride[1];
-  float weight[W], dweight[W] = {}, dbias = 0.0f, later[W - 1] = {};
-  load_strided<W>(weight, p.weight.data, p.weight.dtype, channel * p.weight.stride[0],
-                  p.weight.stride[1]);
-  const float bias = conv_bias(p, channel);
-  for (int64_t base = (p.length - 1) / kStretch * kStretch; base >= 0; base -= kStretch) {
-    const int64_t start = base + lane * kVector;
-    float x[W - 1 + kVector], fresh[kVector], dout[kVector], g[kVector + W - 1];
-    load_steps<kWide>(fresh, p.x, x_row, start, p.length);
-    load_steps<kWide>(dout, p.dout, dout_row, start, p.length);
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) x[W - 1 + k] = fresh[k];
-#pragma unroll
-    for (int k = 0; k + 1 < W; ++k) {
-      x[k] = __shfl_up_sync(kAll, fresh[kVector - (W - 1) + k], 1);
-      if (lane == 0) {
-        const int64_t t = start - W + 1 + k;
-        x[k] =
-            t >= 0 ? load_float(p.x.data, p.x.dtype, x_row + t) : conv_initial(p, row, channel, -t);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      float sum = bias;
-#pragma unroll
-      for (int j = W - 1; j >= 0; --j) sum = fmaf(weight[j], x[k + j], sum);
-      g[k] = start + k < p.length ? gradient_of(p, dout[k], sum) : 0.0f;
-      dbias += g[k];
-#pragma unroll
-      for (int j = 0; j < W; ++j) dweight[j] = fmaf(g[k], x[k + j], dweight[j]);
-    }
-#pragma unroll
-    for (int k = 0; k + 1 < W; ++k) {
-      const float right = __shfl_down_sync(kAll, g[k], 1);
-      g[kVector + k] = lane == 31 ? later[k] : right;
-      later[k] = __shfl_sync(kAll, g[k], 0);
-    }
-    float dx[kVector];
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      dx[k] = 0.0f;
-#pragma unroll
-      for (int j = 0; j < W; ++j) dx[k] = fmaf(weight[W - 1 - j], g[k + j], dx[k]);
-      const int64_t column = start + k - (p.length - (W - 1));
-      if (p.dfinal.data && column >= 0 && column < W - 1) {
-        dx[k] += load_at(p.dfinal, row, channel, column);
-      }
-    }
-    if (start + kVector <= p.length) {
-      store_aligned<kVector>(dx, p.dx.data, conv_dtype<kWide>(p.dx), dx_row + start);
-    } else {
-      for (int k = 0; k < kVector; ++k) {
-        if (start + k < p.length) store_float(p.dx.data, p.dx.dtype, dx_row + start + k, dx[k]);
-      }
-    }
-  }
-#pragma unroll
-  for (int o = 16; o > 0; o /= 2) {
-#pragma unroll
-    for (int k = 0; k < W; ++k) dweight[k] += __shfl_xor_sync(kAll, dweight[k], o);
-    dbias += __shfl_xor_sync(kAll, dbias, o);
-  }
-  if (lane == 0) {
-    store_share(c.partial + row * p.channels * (W + 1), p.channels, W, channel, dweight, dbias);
-  }
 }
 
 __device__ __forceinline__ int64_t gradient_index(const ConvParams& p, int64_t row, int64_t channel,
@@ -339,27 +160,25 @@ enum class Path { kChannels, kSteps, kGeneral };
 Path path_of(const CudaConvParams& c) {
   const ConvParams& p = c.p;
   if (!conv_fast_width(c) || p.dout.dtype != p.x.dtype) return Path::kGeneral;
-  const auto channels = [&](const TensorArg& t) {
-    return conv_channel_vectors(t, kBackwardChannels);
-  };
-  if (p.channels % kBackwardChannels == 0 && channels(p.x) && channels(p.dout) && channels(p.dx)) {
-    return Path::kChannels;
-  }
+  if (fits_channels(p, {p.x, p.dout, p.dx})) return Path::kChannels;
   const bool steps = conv_time_vectors(p.x) && conv_time_vectors(p.dout) && conv_time_vectors(p.dx);
   return steps ? Path::kSteps : Path::kGeneral;
 }
 
-template <int W, bool kWide>
 void backward_fast(const CudaConvParams& c, Path path, cudaStream_t stream) {
   const ConvParams& p = c.p;
-  if (path == Path::kChannels) {
-    const int64_t chunks = (p.length + kBackwardSteps - 1) / kBackwardSteps;
-    const int64_t threads = p.channels / kBackwardChannels * chunks * p.batch;
-    backward_channels_kernel<W, kWide><<<conv_blocks(threads), kConvThreads, 0, stream>>>(c);
-  } else {
-    backward_steps_kernel<W, kWide>
-        <<<conv_blocks(p.batch * p.channels * 32), kConvThreads, 0, stream>>>(c);
-  }
+  conv_dispatch(p, [&](auto width, auto type, auto silu) {
+    using T = typename decltype(type)::Element;
+    using Tile = BackwardTile<T>;
+    if (path == Path::kChannels) {
+      backward_channels_kernel<width.value, T, silu.value, Tile::kChannels, Tile::kSteps,
+                               Tile::kAtOnce>
+          <<<channels_blocks<Tile>(p), kChannelsThreads, 0, stream>>>(c);
+    } else {
+      backward_steps_kernel<width.value, T, silu.value>
+          <<<conv_blocks(p.batch * p.channels * 32), kConvThreads, 0, stream>>>(c);
+    }
+  });
 }
 
 }  // namespace
@@ -370,8 +189,9 @@ int64_t conv_groups_cuda(const CudaConvParams& c) {
   const ConvParams& p = c.p;
   const Path path = path_of(c);
   if (path == Path::kSteps) return p.batch;
-  const int64_t steps = path == Path::kChannels ? kBackwardSteps : kGeneralSteps;
-  return p.batch * ((p.length + steps - 1) / steps);
+  if (path == Path::kGeneral) return p.batch * ((p.length + kGeneralSteps - 1) / kGeneralSteps);
+  return p.batch * (p.x.dtype == DType::kFloat32 ? channels_groups<BackwardTile<float>>(p)
+                                                 : channels_groups<BackwardTile<__half>>(p));
 }
 
 const char* conv_bwd_cuda(const CudaConvParams& c, void* stream_handle) {
@@ -384,7 +204,7 @@ const char* conv_bwd_cuda(const CudaConvParams& c, void* stream_handle) {
     dx_kernel<<<conv_blocks(size), kConvThreads, 0, stream>>>(c);
     dweight_kernel<<<conv_blocks(groups * p.channels), kConvThreads, 0, stream>>>(c);
   } else if (size > 0) {
-    MAMBA_CONV_FAST(backward_fast, c, path, stream)
+    backward_fast(c, path, stream);
   }
   if (p.dinitial && p.width > 1) {
     const int64_t threads = c.links.previous ? p.channels : p.channels * p.batch;
@@ -392,13 +212,8 @@ const char* conv_bwd_cuda(const CudaConvParams& c, void* stream_handle) {
   }
   if (const char* error = conv_launched()) return error;
   const int64_t taps = p.channels * p.width;
-  if (const char* error = sum_rows_cuda(c.partial, groups, taps + p.channels, taps, c.dweight, 0,
-                                        nullptr, stream)) {
-    return error;
-  }
-  if (!c.dbias) return nullptr;
-  return sum_rows_cuda(c.partial + taps, groups, taps + p.channels, p.channels, c.dbias, 0, nullptr,
-                       stream);
+  return sum_rows_cuda(c.partial, groups, taps + p.channels, taps, c.dweight,
+                       c.dbias ? p.channels : 0, c.dbias, stream);
 }
 
 }  // namespace mamba

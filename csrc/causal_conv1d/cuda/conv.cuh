@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
+#include "../../common/cuda_math.cuh"
 #include "../../common/cuda_vector.cuh"
 #include "conv.h"
 
@@ -10,19 +13,11 @@ namespace mamba {
 
 constexpr int kConvThreads = 128;
 constexpr int kMaxFastWidth = 4;
-// A thread with channels innermost: two channels, whose weights it loads at once, and so many
-// steps.
-constexpr int kForwardSteps = 64, kBackwardSteps = 64;
-constexpr int kForwardChannels = 2, kBackwardChannels = 2;
-constexpr int kBackwardBatch = 8;  // steps whose loads go out together
 constexpr int kGeneralSteps = 64;  // whose share of dweight one thread adds up
 
-__device__ __forceinline__ float conv_sigmoid(float v) {
-  return __fdividef(1.0f, 1.0f + __expf(-v));
-}
-__device__ __forceinline__ float conv_silu(float v) { return v * conv_sigmoid(v); }
+__device__ __forceinline__ float conv_silu(float v) { return v * fast_sigmoid(v); }
 __device__ __forceinline__ float conv_dsilu(float v) {
-  const float s = conv_sigmoid(v);
+  const float s = fast_sigmoid(v);
   return s * fmaf(v, 1.0f - s, 1.0f);
 }
 
@@ -129,34 +124,45 @@ __device__ __forceinline__ float conv_window(const CudaConvParams& c, int64_t ro
   return sum;
 }
 
-// The dtype of x and of its like, known to be fp32 or to be one of 16 bits: without a branch
-// between them, loads go out together.
-template <bool kWide>
-__device__ __forceinline__ DType conv_dtype(const TensorArg& t) {
-  if (kWide) return DType::kFloat32;
-  return t.dtype == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
+// V elements of type T as they lie in memory.
+template <typename T, int V>
+struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Packed {
+  T v[V];
+};
+
+template <typename T, int V>
+__device__ __forceinline__ Packed<T, V> load_packed(const T* from) {
+  constexpr int kBytes = V * sizeof(T);
+  Packed<T, V> packed;
+  if constexpr (kBytes == 4) {
+    *reinterpret_cast<uint32_t*>(&packed) = __ldg(reinterpret_cast<const uint32_t*>(from));
+  } else if constexpr (kBytes == 8) {
+    *reinterpret_cast<uint2*>(&packed) = __ldg(reinterpret_cast<const uint2*>(from));
+  } else {
+    static_assert(kBytes % 16 == 0, "a vector has 4 or 8 bytes, or whole 16");
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      reinterpret_cast<uint4*>(&packed)[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+    }
+  }
+  return packed;
 }
 
-// The W - 1 inputs before step `start` of V neighbouring channels, as window[1 ... W - 1].
-template <int W, int V, bool kWide>
-__device__ __forceinline__ void load_window(const ConvParams& p, int64_t row, int64_t channel,
-                                            int64_t start, float (&window)[W][V]) {
-  const int64_t x_row = row * p.x.stride[0] + channel;
-  if (start >= W - 1) {
+template <typename T, int V>
+__device__ __forceinline__ void store_packed(const float (&v)[V], T* to) {
+  constexpr int kBytes = V * sizeof(T);
+  Packed<T, V> packed;
 #pragma unroll
-    for (int k = 1; k < W; ++k) {
-      load_aligned<V>(window[k], p.x.data, conv_dtype<kWide>(p.x),
-                      x_row + (start - W + k) * p.x.stride[2]);
-    }
-    return;
-  }
+  for (int i = 0; i < V; ++i) packed.v[i] = from_float<T>(v[i]);
+  // As words: the compiler would store the elements one by one.
+  if constexpr (kBytes == 4) {
+    *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(&packed);
+  } else if constexpr (kBytes == 8) {
+    *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(&packed);
+  } else {
 #pragma unroll
-  for (int k = 1; k < W; ++k) {
-    const int64_t t = start - W + k;
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      window[k][v] =
-          t >= 0 ? load_at(p.x, row, channel + v, t) : conv_initial(p, row, channel + v, -t);
+    for (int i = 0; i < kBytes / 16; ++i) {
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(&packed)[i];
     }
   }
 }
@@ -188,18 +194,26 @@ inline bool conv_time_vectors(const TensorArg& t) {
   return t.stride[2] == 1 && vectors_fit(t.data, t.dtype, kVector, t.stride, 2);
 }
 
-// fn<width, fp32>(args), for the width and dtype of the convolution c.
-#define MAMBA_CONV_FAST(fn, c, ...)                                      \
-  {                                                                      \
-    const bool wide = (c).p.x.dtype == DType::kFloat32;                  \
-    if ((c).p.width == 2) {                                              \
-      wide ? fn<2, true>(c, __VA_ARGS__) : fn<2, false>(c, __VA_ARGS__); \
-    } else if ((c).p.width == 3) {                                       \
-      wide ? fn<3, true>(c, __VA_ARGS__) : fn<3, false>(c, __VA_ARGS__); \
-    } else {                                                             \
-      wide ? fn<4, true>(c, __VA_ARGS__) : fn<4, false>(c, __VA_ARGS__); \
-    }                                                                    \
-  }
+template <typename T>
+struct ConvType {
+  using Element = T;
+};
+
+// fn(width, element type, SiLU or not), each known to the compiler.
+template <typename F>
+void conv_dispatch(const ConvParams& p, F&& fn) {
+  const auto of_type = [&](auto width, auto type) {
+    p.silu ? fn(width, type, std::true_type{}) : fn(width, type, std::false_type{});
+  };
+  const auto of_width = [&](auto width) {
+    p.x.dtype == DType::kFloat32    ? of_type(width, ConvType<float>{})
+    : p.x.dtype == DType::kBFloat16 ? of_type(width, ConvType<__nv_bfloat16>{})
+                                    : of_type(width, ConvType<__half>{});
+  };
+  p.width == 2   ? of_width(std::integral_constant<int, 2>{})
+  : p.width == 3 ? of_width(std::integral_constant<int, 3>{})
+                 : of_width(std::integral_constant<int, 4>{});
+}
 
 inline const char* conv_launched() {
   const cudaError_t error = cudaGetLastError();

@@ -1,105 +1,11 @@
 // The convolution's forward, its final states, and the update for a few new inputs.
 #include <cassert>
 
-#include "conv.cuh"
+#include "channels.cuh"
+#include "steps.cuh"
 
 namespace mamba {
 namespace {
-
-// A thread: kForwardSteps steps of neighbouring channels, the window in registers.
-template <int W, bool kWide>
-__global__ void __launch_bounds__(kConvThreads)
-    forward_channels_kernel(const __grid_constant__ CudaConvParams c) {
-  constexpr int V = kForwardChannels;
-  const ConvParams& p = c.p;
-  const int64_t vectors = p.channels / V, chunks = (p.length + kForwardSteps - 1) / kForwardSteps;
-  const int64_t i = int64_t{blockIdx.x} * kConvThreads + threadIdx.x;
-  if (i >= vectors * chunks * p.batch) return;
-  const int64_t channel = i % vectors * V, row = i / vectors / chunks;
-  const int64_t start = i / vectors % chunks * kForwardSteps;
-  const int64_t end = min(start + kForwardSteps, p.length);
-  float weight[W][V], bias[V], window[W][V];
-  load_weights<W, V>(p, channel, weight, bias);
-  const int64_t x_row = row * p.x.stride[0] + channel, out_row = row * p.out.stride[0] + channel;
-  load_window<W, V, kWide>(p, row, channel, start, window);
-#pragma unroll 8
-  for (int64_t t = start; t < end; ++t) {
-    float out[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-#pragma unroll
-      for (int k = 0; k + 1 < W; ++k) window[k][v] = window[k + 1][v];
-      out[v] = bias[v];
-    }
-    load_aligned<V>(window[W - 1], p.x.data, conv_dtype<kWide>(p.x), x_row + t * p.x.stride[2]);
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-#pragma unroll
-      for (int k = W - 1; k >= 0; --k) out[v] = fmaf(weight[k][v], window[k][v], out[v]);
-      if (p.silu) out[v] = conv_silu(out[v]);
-    }
-    store_aligned<V>(out, p.out.data, conv_dtype<kWide>(p.out), out_row + t * p.out.stride[2]);
-  }
-}
-
-// A thread: eight neighbouring steps of one channel.
-template <int W, bool kWide>
-__global__ void __launch_bounds__(kConvThreads)
-    forward_steps_kernel(const __grid_constant__ CudaConvParams c) {
-  const ConvParams& p = c.p;
-  const int64_t vectors = (p.length + kVector - 1) / kVector,
-                count = vectors * p.channels * p.batch;
-  const int64_t i = int64_t{blockIdx.x} * kConvThreads + threadIdx.x;
-  // Threads past the end work on the last vector and store nothing: the shuffles need whole warps.
-  const int64_t at = min(i, count - 1);
-  const int64_t start = at % vectors * kVector, channel = at / vectors % p.channels;
-  const int64_t row = at / vectors / p.channels;
-  const int64_t x_row = row * p.x.stride[0] + channel * p.x.stride[1];
-  float window[W - 1 + kVector], out[kVector], weight[W];
-  const bool whole = start + kVector <= p.length;
-  float fresh[kVector];
-  if (whole) {
-    load_aligned<kVector>(fresh, p.x.data, conv_dtype<kWide>(p.x), x_row + start);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      fresh[k] = start + k < p.length ? load_float(p.x.data, p.x.dtype, x_row + start + k) : 0.0f;
-    }
-  }
-  load_strided<W>(weight, p.weight.data, p.weight.dtype, channel * p.weight.stride[0],
-                  p.weight.stride[1]);
-  // The steps before are the last of the left neighbour, unless there is none or it is in another
-  // row.
-  const bool alone = threadIdx.x % 32 == 0 || start == 0 || i >= count;
-#pragma unroll
-  for (int k = 0; k + 1 < W; ++k) {
-    window[k] = __shfl_up_sync(0xffffffffu, fresh[kVector - W + 1 + k], 1);
-    if (alone) {
-      const int64_t t = start - W + 1 + k;
-      window[k] =
-          t >= 0 ? load_float(p.x.data, p.x.dtype, x_row + t) : conv_initial(p, row, channel, -t);
-    }
-  }
-  const float bias = conv_bias(p, channel);
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) window[W - 1 + k] = fresh[k];
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
-    out[k] = bias;
-#pragma unroll
-    for (int j = W - 1; j >= 0; --j) out[k] = fmaf(weight[j], window[k + j], out[k]);
-    if (p.silu) out[k] = conv_silu(out[k]);
-  }
-  if (i >= count) return;
-  const int64_t out_row = row * p.out.stride[0] + channel * p.out.stride[1];
-  if (whole) {
-    store_aligned<kVector>(out, p.out.data, conv_dtype<kWide>(p.out), out_row + start);
-    return;
-  }
-  for (int k = 0; k < kVector; ++k) {
-    if (start + k < p.length) store_float(p.out.data, p.out.dtype, out_row + start + k, out[k]);
-  }
-}
 
 __global__ void __launch_bounds__(kConvThreads)
     forward_general_kernel(const __grid_constant__ CudaConvParams c) {
@@ -141,21 +47,6 @@ __global__ void __launch_bounds__(kConvThreads)
                   v);
       at.back();
     }
-  }
-}
-
-template <int W, bool kWide>
-void forward_fast(const CudaConvParams& c, bool channels, cudaStream_t stream) {
-  const ConvParams& p = c.p;
-  if (channels) {
-    const int64_t chunks = (p.length + kForwardSteps - 1) / kForwardSteps;
-    forward_channels_kernel<W, kWide>
-        <<<conv_blocks(p.channels / kForwardChannels * chunks * p.batch), kConvThreads, 0,
-           stream>>>(c);
-  } else {
-    const int64_t vectors = (p.length + kVector - 1) / kVector;
-    forward_steps_kernel<W, kWide>
-        <<<conv_blocks(vectors * p.channels * p.batch), kConvThreads, 0, stream>>>(c);
   }
 }
 
@@ -296,18 +187,26 @@ const char* conv_fwd_cuda(const CudaConvParams& c, void* stream_handle) {
   const ConvParams& p = c.p;
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const int64_t size = p.batch * p.channels * p.length;
-  if (size > 0) {
-    const bool channels = p.channels % kForwardChannels == 0 &&
-                          conv_channel_vectors(p.x, kForwardChannels) &&
-                          conv_channel_vectors(p.out, kForwardChannels);
-    const bool steps = conv_time_vectors(p.x) && conv_time_vectors(p.out);
-    if (conv_fast_width(c) && (channels || steps)) {
-      MAMBA_CONV_FAST(forward_fast, c, channels, stream)
-    } else {
-      forward_general_kernel<<<conv_blocks(size), kConvThreads, 0, stream>>>(c);
-    }
+  const bool channels = size > 0 && conv_fast_width(c) && fits_channels(p, {p.x, p.out});
+  if (channels) {
+    conv_dispatch(p, [&](auto width, auto type, auto silu) {
+      using T = typename decltype(type)::Element;
+      using Tile = ForwardTile<T>;
+      forward_channels_kernel<width.value, T, silu.value, Tile::kChannels, Tile::kSteps,
+                              Tile::kAtOnce>
+          <<<channels_blocks<Tile>(p), kChannelsThreads, 0, stream>>>(p);
+    });
+  } else if (size > 0 && conv_fast_width(c) && conv_time_vectors(p.x) && conv_time_vectors(p.out)) {
+    const int64_t vectors = (p.length + kVector - 1) / kVector;
+    conv_dispatch(p, [&](auto width, auto type, auto silu) {
+      using T = typename decltype(type)::Element;
+      forward_steps_kernel<width.value, T, silu.value>
+          <<<conv_blocks(vectors * p.channels * p.batch), kConvThreads, 0, stream>>>(p);
+    });
+  } else if (size > 0) {
+    forward_general_kernel<<<conv_blocks(size), kConvThreads, 0, stream>>>(c);
   }
-  if (p.states * p.channels * (p.width - 1) > 0) {
+  if (!channels && p.final.data) {
     final_states_kernel<<<conv_blocks(p.states * p.channels), kConvThreads, 0, stream>>>(c);
   }
   return conv_launched();

@@ -117,9 +117,8 @@ void backward_row(const NormParams& p, int64_t row, const float* weight, float* 
     for_lanes(p.dresidual_out, row * p.dresidual_out.stride[0], p.dresidual_out.stride[1], n,
               [&](int64_t i, Vec v) { store(d + i, load(d + i) + v); });
   }
-  TensorArg dx;
-  dx.data = p.dx;
-  write_row(dx, row * n, 1, n, d);
+  write_row(p.dx, row * n, 1, n, d);
+  if (p.other.data) write_row(p.other, row * n, 1, n, d);
 }
 
 }  // namespace

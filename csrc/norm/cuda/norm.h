@@ -6,7 +6,7 @@
 
 namespace mamba {
 
-// How many blocks share the rows of the backward: the rows of `partial` (groups, 2, size). It
+// How many blocks share the rows of the backward: the rows of `partial` (groups, ...). It
 // depends on the device and the shape only.
 int64_t norm_groups_cuda(const NormParams& p);
 

@@ -47,9 +47,12 @@ def add_norm_bwd(
     mean: Tensor,
     rstd: Tensor,
     is_rms_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dx_dtype: torch.dtype | None,
+    other_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Internal op ``_add_norm_bwd``: see ``ops/schema.py`` for shapes."""
-    dtype, absent = accumulate_dtype(x, residual), dy.new_empty((0,))
+    dtype = accumulate_dtype(x, residual)
+    no_other, no_dbias = dy.new_empty((0,)), dy.new_empty((0,))
     total, dy = x.to(dtype), dy.to(dtype)
     if residual is not None:
         total = total + residual.to(dtype)
@@ -63,5 +66,6 @@ def add_norm_bwd(
         dx = dx - dx.mean(dim=-1, keepdim=True)
     if dresidual_out is not None:
         dx = dx + dresidual_out.to(dtype)
-    dbias = absent if bias is None else dy.sum(dim=0)
-    return dx.contiguous(), (dy * normed).sum(dim=0), dbias
+    dbias = no_dbias if bias is None else dy.sum(dim=0)
+    other = no_other if other_dtype is None else dx.to(other_dtype, copy=True).contiguous()
+    return dx.to(dx_dtype or dtype).contiguous(), other, (dy * normed).sum(dim=0), dbias

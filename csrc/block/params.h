@@ -1,0 +1,35 @@
+// Small things between the products of the Mamba mixer, each a launch less.
+#pragma once
+
+#include "../common/tensor_arg.h"
+
+namespace mamba {
+
+// Contiguous elements in another dtype.
+struct Conversion {
+  const void* from = nullptr;
+  void* to = nullptr;
+  int64_t count = 0;
+  DType from_dtype = DType::kFloat32, to_dtype = DType::kFloat32;
+  bool negative_exp = false;  // -exp of them
+};
+
+constexpr int kMostConversions = 8;
+struct Conversions {
+  Conversion all[kMostConversions];
+  int count = 0;
+};
+
+// dB and dC, contiguous (batch, n, length), become columns of rows (batch length, pitch), from
+// `column` on; and dA (count,) is multiplied by A.
+struct BlockColumns {
+  int64_t batch = 0, length = 0, states = 0, pitch = 0, column = 0;
+  DType dtype = DType::kFloat32;  // of dB, dC and the rows
+  const void *dB = nullptr, *dC = nullptr;
+  void* rows = nullptr;
+  int64_t count = 0;
+  float* dA = nullptr;
+  const float* A = nullptr;
+};
+
+}  // namespace mamba
