@@ -134,7 +134,7 @@ _KINDS = {
     "scan": ("scan_backward", "sequential", "sum_slices", "sum_parts"),
     "convolution": ("_channels_kernel", "_steps_kernel", "final_states"),
     "norm": ("add_norm",),
-    "softmax": ("SoftMax",),
+    "loss": ("SoftMax", "CrossEntropy"),
     "optimizer": ("multi_tensor_apply",),
 }
 
