@@ -44,6 +44,10 @@ class DecodingCGCache:
     key: tuple = ()
     choosers: dict[tuple, Any] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple:
+        """A copy of a model, or its pickle, starts without graphs: they are of its memory."""
+        return DecodingCGCache, ()
+
 
 @torch.inference_mode()
 def update_graph_cache(

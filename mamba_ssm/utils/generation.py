@@ -148,10 +148,6 @@ def decode(
 class GenerationMixin:
     """Adds `generate` to a language model (see `decode` for what its forward must accept)."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes: captured CUDA graphs belong to this model's memory."""
-        return {key: value for key, value in vars(self).items() if key != "_decoding_cache"}
-
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> dict[int, Any]:
