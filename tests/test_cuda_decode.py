@@ -99,7 +99,7 @@ def test_op_is_registered_properly():
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 2, 7, 8, 9, 16])
+@pytest.mark.parametrize("batch", [1, 2, 4, 5, 7, 8])
 def test_step_equals_modules(batch, dtype):
     check_step(make_model(dtype).cuda(), batch)
 
@@ -107,10 +107,8 @@ def test_step_equals_modules(batch, dtype):
 @needs_cuda
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 5, 16])
+@pytest.mark.parametrize("batch", [1, 5, 8])
 def test_options(changes, dtype, batch):
-    if dtype == F32 and batch == 16 and changes.get("d_model") == 2560:
-        batch = 8  # 16 fp32 rows do not fit the shared memory: test_refusals
     check_step(make_model(dtype, **changes).cuda(), batch)
 
 
@@ -137,7 +135,7 @@ def test_many_steps_follow_the_modules(dtype):
 
 
 @needs_cuda
-@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("batch", [1, 8])
 def test_repeats_are_bit_identical(batch):
     model = make_model(F16, d_model=256, n_layer=6).cuda()
     ids, cache = ids_for(batch, 77, "cuda"), on_device(random_cache(model, batch), "cuda")
@@ -165,10 +163,11 @@ def test_an_id_outside_the_vocabulary_makes_its_row_nan():
 def test_refusals():
     model = make_model(F16).cuda()
     with torch.no_grad():
-        assert cuda_decoder.why_not(model, 16) is None
-        assert "17" in cuda_decoder.why_not(model, 17)
-        wide = make_model(F32, d_model=2560, n_layer=1).cuda()
-        assert "shared memory" in cuda_decoder.why_not(wide, 16)
+        assert cuda_decoder.why_not(model, 8) is None
+        assert "1 to 8 rows, not 9" in cuda_decoder.why_not(model, 9)
+        wide = make_model(F32, d_model=5120, n_layer=1).cuda()
+        assert cuda_decoder.why_not(wide, 4) is None
+        assert "shared memory" in cuda_decoder.why_not(wide, 8)
         assert "pieces of 16 bytes" in cuda_decoder.why_not(make_model(F16, d_model=4).cuda())
         handle = model.backbone.layers[1].register_forward_hook(lambda *_: None)
         assert "hooks" in cuda_decoder.why_not(model)

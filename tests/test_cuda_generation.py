@@ -30,10 +30,10 @@ def served(model, batch=1):
         return cuda_decoder.why_not(model, batch) is None
 
 
-@pytest.mark.parametrize("batch", [1, 3, 16, 17])
+@pytest.mark.parametrize("batch", [1, 3, 8, 9, 17])
 def test_greedy_tokens_are_those_of_the_reference(batch):
     model = tiny_lm(device="cuda")
-    assert served(model, batch) == (batch <= 16)
+    assert served(model, batch) == (batch <= 8)
     ids = prompt(batch, 6, "cuda")
     fused = model.generate(ids, 60)
     with mamba_ssm.backend("reference"):

@@ -329,7 +329,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin, GradientCheckpointing):
     ) -> Callable[[torch.Tensor, dict[int, Any]], torch.Tensor] | None:
         """What `generate` steps with: step(ids (b,), caches) -> logits (b, V), or None.
 
-        On a GPU the fused step reads the model's weights where they are, for up to 16 rows. On a
+        On a GPU the fused step reads the model's weights where they are, for up to 8 rows. On a
         CPU it reads packed weights, made at the first call and again after the weights changed:
         until ``release_inference_packs`` or ``train`` they double the weights' memory. None where
         the modules have to be used; ``why_not`` of ``mamba_ssm.inference.cpu_decoder`` or

@@ -49,7 +49,8 @@ __device__ __forceinline__ int arranged_index(int i) {
 // different halves meet are not used. More rows take two instructions, one for each half.
 template <typename T, int kRows>
 class TileSums {
-  static constexpr int kSets = kRows == 4 ? 1 : kRows / 4;  // accumulators
+  static_assert(kRows == 4 || kRows == 8, "rows are columns of B");
+  static constexpr int kSets = kRows / 4;  // accumulators
 
  public:
   // Where a lane's inputs begin; the rows are `pitch` bytes apart.
@@ -61,35 +62,15 @@ class TileSums {
     return kRows == 4 ? from + g / 4 * 8 : from;
   }
 
-  struct Inputs {
-    uint4 low, high;
-  };
+  using Inputs = std::conditional_t<kRows == 4, uint2, uint4>;
 
-  __device__ static __forceinline__ Inputs load(const char* from, int far) {
-    Inputs v;
-    if constexpr (kRows == 4) {
-      const uint2 half = *reinterpret_cast<const uint2*>(from);
-      v.low.x = half.x, v.low.y = half.y;
-    } else {
-      v.low = *reinterpret_cast<const uint4*>(from);
-      if constexpr (kRows == 16) v.high = *reinterpret_cast<const uint4*>(from + far);
-    }
-    return v;
-  }
-
-  // From a lane's inputs of rows 0 to 7 to those of rows 8 to 15.
-  __device__ static int far_rows(int pitch, int batch) {
-    const int g = static_cast<int>(threadIdx.x) % 32 / 4;
-    return g + 8 < batch ? 8 * pitch : 0;
+  __device__ static __forceinline__ Inputs load(const char* from) {
+    return *reinterpret_cast<const Inputs*>(from);
   }
 
   __device__ __forceinline__ void add(uint4 w, const Inputs& v) {
-    multiply_add<T>(sum_[0], w, make_uint2(v.low.x, v.low.y));
-    if constexpr (kRows > 4) multiply_add<T>(sum_[1], w, make_uint2(v.low.z, v.low.w));
-    if constexpr (kRows > 8) {
-      multiply_add<T>(sum_[2], w, make_uint2(v.high.x, v.high.y));
-      multiply_add<T>(sum_[3], w, make_uint2(v.high.z, v.high.w));
-    }
+    multiply_add<T>(sum_[0], w, make_uint2(v.x, v.y));
+    if constexpr (kRows == 8) multiply_add<T>(sum_[1], w, make_uint2(v.z, v.w));
   }
 
   // Writes (batch, 8) sums.
@@ -101,13 +82,9 @@ class TileSums {
       if (2 * t < batch && t < 2) to[2 * t * kTileRows + g] = first;
       if (2 * t + 1 < batch && t < 2) to[(2 * t + 1) * kTileRows + g] = second;
     } else {
-#pragma unroll
-      for (int i = 0; i < kRows / 8; ++i) {
-        const int b = 8 * i + 2 * t;
-        const float (&a)[4] = sum_[2 * i], (&c)[4] = sum_[2 * i + 1];
-        if (b < batch) to[b * kTileRows + g] = a[0] + c[2];
-        if (b + 1 < batch) to[(b + 1) * kTileRows + g] = a[1] + c[3];
-      }
+      const int b = 2 * t;
+      if (b < batch) to[b * kTileRows + g] = sum_[0][0] + sum_[1][2];
+      if (b + 1 < batch) to[(b + 1) * kTileRows + g] = sum_[0][1] + sum_[1][3];
     }
   }
 
@@ -125,8 +102,7 @@ class TileSums<float, kRows> {
   struct Inputs {
     const char* from;
   };
-  __device__ static __forceinline__ Inputs load(const char* from, int) { return {from}; }
-  __device__ static int far_rows(int pitch, int) { return pitch; }
+  __device__ static __forceinline__ Inputs load(const char* from) { return {from}; }
 
   __device__ __forceinline__ void add(uint4 w, const Inputs& v, int pitch, int batch) {
     const float4 weights = make_float4(__uint_as_float(w.x), __uint_as_float(w.y),
@@ -162,14 +138,13 @@ class TileSums<float, kRows> {
 template <typename T, int kRows>
 __device__ __forceinline__ void add_units(TileSums<T, kRows>& sums, const char* weights, int step,
                                           const char* inputs, int pitch, int batch, int units) {
-  const int far = TileSums<T, kRows>::far_rows(pitch, batch);
   uint4 w[kGroup];
   typename TileSums<T, kRows>::Inputs v[kGroup];
   // What lies behind the last unit is read and not used.
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
     w[i] = *reinterpret_cast<const uint4*>(weights + i * step);
-    v[i] = TileSums<T, kRows>::load(inputs + i * kUnitBytes, far);
+    v[i] = TileSums<T, kRows>::load(inputs + i * kUnitBytes);
   }
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {

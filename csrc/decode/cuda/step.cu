@@ -72,8 +72,7 @@ cudaError_t launch_with_ring(const DecodeCudaParams& p, cudaStream_t stream) {
 template <typename T>
 cudaError_t launch_for_batch(const DecodeCudaParams& p, cudaStream_t stream) {
   if (p.size.batch <= 4) return launch_with_ring<T, 4>(p, stream);
-  if (p.size.batch <= 8) return launch_with_ring<T, 8>(p, stream);
-  return launch_with_ring<T, 16>(p, stream);
+  return launch_with_ring<T, 8>(p, stream);
 }
 
 }  // namespace

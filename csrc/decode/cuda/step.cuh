@@ -1,4 +1,4 @@
-// One token of a whole model for up to sixteen rows, in one launch: a block on each multiprocessor,
+// One token of a whole model for up to eight rows, in one launch: a block on each multiprocessor,
 // four barriers a layer. Between two barriers every block computes its share of one product:
 //
 //   in_proj   norm in front; convolution, SiLU and the gate's SiLU behind it
