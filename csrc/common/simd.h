@@ -142,23 +142,42 @@ MAMBA_INLINE float sum(Vec v) {
   return lanes[0];
 }
 
+// The same, and NaN for a NaN.
+MAMBA_INLINE Vec at_most(Vec x, float bound) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_min_ps((__m512)broadcast(bound), (__m512)x);  // the second one wins
+#else
+  return x > bound ? broadcast(bound) : x;
+#endif
+}
+MAMBA_INLINE Vec at_least(Vec x, float bound) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)broadcast(bound), (__m512)x);
+#else
+  return x < bound ? broadcast(bound) : x;
+#endif
+}
+
 // 2^x within 1 unit in the last place of the normal range: x = k + f with |f| <= 1/2, 2^f by a
 // degree-6 minimax polynomial (relative error 2e-9 before rounding). Overflows to infinity,
 // underflows to 0, keeps NaN.
 MAMBA_INLINE Vec exp2(Vec x) {
-  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-#if defined(__AVX512F__)
-  // A product must be rounded before its integer part is taken off: fused, the fraction of a huge
-  // one would be its rounding error. Then k = x and f = 0 there, and scalef does the rest.
+#if defined(__AVX512DQ__)
+  // A product must be rounded before its integer part is taken off: fused, what is left of a huge
+  // one would be its rounding error. There f = 0 and k = x, also for infinities, and scalef does
+  // the rest.
   __asm__("" : "+v"(x));
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const Vec k = x - f;
 #else
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   // Keeps the exponent arithmetic below in range; 2^-160 is 0 and 2^129 infinity in fp32.
   x = x < -160.0f ? broadcast(-160.0f) : x;
   x = x > 129.0f ? broadcast(129.0f) : x;
-#endif
   const Vec shifted = x + magic;
   const Vec k = shifted - magic;
   const Vec f = x - k;
+#endif
   Vec p = broadcast(1.535336196e-4f);
   p = p * f + 1.339887502e-3f;
   p = p * f + 9.618436918e-3f;
@@ -166,7 +185,7 @@ MAMBA_INLINE Vec exp2(Vec x) {
   p = p * f + 2.402264774e-1f;
   p = p * f + 6.931471825e-1f;
   p = p * f + 1.0f;
-#if defined(__AVX512F__)
+#if defined(__AVX512DQ__)
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)k);
 #else
   // Two factors, so that results down to the smallest subnormal come out right.
@@ -178,13 +197,12 @@ MAMBA_INLINE Vec exp2(Vec x) {
 #endif
 }
 
-constexpr float kLog2e = 1.44269504f;
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 // e^x: the argument is reduced in two steps, so that large |x| keep full precision.
 MAMBA_INLINE Vec exp(Vec x) {
   const Vec magic = broadcast(12582912.0f);
-  x = x < -110.0f ? broadcast(-110.0f) : x;
-  x = x > 90.0f ? broadcast(90.0f) : x;
+  x = at_least(at_most(x, 90.0f), -110.0f);
   const Vec shifted = x * kLog2e + magic;
   const Vec k = shifted - magic;
   Vec r = x - k * 0.693359375f;

@@ -70,10 +70,14 @@ MAMBA_INLINE void read_tile_as(const typename E::T* p, int64_t stride_c, int64_t
     return;
   }
   int t = 0;
-  if (stride_t == 1 && count == kLanes) {
+  if (stride_t == 1) {
     for (; t + kLanes <= steps; t += kLanes) {
       Vec r[kLanes];
-      for (int c = 0; c < kLanes; ++c) r[c] = E::read(p + c * stride_c + t);
+      if (count == kLanes) {
+        for (int c = 0; c < kLanes; ++c) r[c] = E::read(p + c * stride_c + t);
+      } else {
+        for (int c = 0; c < kLanes; ++c) r[c] = c < count ? E::read(p + c * stride_c + t) : Vec{};
+      }
       transpose(r);
       for (int i = 0; i < kLanes; ++i) store(tile + (t + i) * kLanes, r[i]);
     }
@@ -100,12 +104,12 @@ MAMBA_INLINE void write_tile_as(typename E::T* p, int64_t stride_c, int64_t stri
     return;
   }
   int t = 0;
-  if (stride_t == 1 && count == kLanes) {
+  if (stride_t == 1) {
     for (; t + kLanes <= steps; t += kLanes) {
       Vec r[kLanes];
       for (int i = 0; i < kLanes; ++i) r[i] = load(tile + (t + i) * kLanes);
       transpose(r);
-      for (int c = 0; c < kLanes; ++c) E::write(p + c * stride_c + t, r[c]);
+      for (int c = 0; c < count; ++c) E::write(p + c * stride_c + t, r[c]);
     }
   }
   for (; t < steps; ++t) {

@@ -19,11 +19,12 @@ struct Steps {
   const float *B, *C;
   float *dB, *dC;  // [t][n][lane], or [n][lane] when constant
   int64_t n;
+  const Ahead *outputs, *inputs;  // of this chunk, and of the next one to come
 };
 
 // What the forward sweep leaves for the backward one, for kStates states: [t][s][lane].
 struct History {
-  float* before;  // the state as step t sees it
+  float* decayed;  // what is left at step t of the state before it
   float* decay;
 };
 
@@ -34,18 +35,20 @@ void sweep_forward(const Steps& in, const float* A, float* state, int64_t first,
 #pragma GCC unroll 8
   for (int s = 0; s < kStates; ++s) h[s] = load(state + (first + s) * kLanes);
   for (int64_t t = begin; t < end; ++t) {
+    if (first == 0) in.outputs->ask(t);
     const Vec delta = load(in.delta + t * kLanes), delta_u = load(in.delta_u + t * kLanes);
     const float* B = kConstantB ? in.B + first * kLanes : in.B + t * in.n + first;
     const float* C = kConstantC ? in.C + first * kLanes : in.C + t * in.n + first;
-    float* const before = history.before + t * kStates * kLanes;
+    float* const decayed = history.decayed + t * kStates * kLanes;
     float* const decays = history.decay + t * kStates * kLanes;
     Vec y = Vec{};
 #pragma GCC unroll 8
     for (int s = 0; s < kStates; ++s) {
-      const Vec decay = exp2(delta * load(A + (first + s) * kLanes) * kLog2e);
-      store(before + s * kLanes, h[s]);
+      const Vec decay = exp2(delta * load(A + (first + s) * kLanes));
+      const Vec left = decay * h[s];
+      store(decayed + s * kLanes, left);
       store(decays + s * kLanes, decay);
-      h[s] = decay * h[s] + delta_u * projection<kConstantB>(B, s);
+      h[s] = left + delta_u * projection<kConstantB>(B, s);
       if (want_y) y += h[s] * projection<kConstantC>(C, s);
     }
     if (want_y) store(in.y + t * kLanes, load(in.y + t * kLanes) + y);
@@ -75,30 +78,30 @@ void sweep_backward(const Steps& in, const float* A, float* dstate, float* dA, i
     dA_sum[s] = dB_sum[s] = dC_sum[s] = Vec{};
   }
   for (int64_t t = end - 1; t >= begin; --t) {
+    if (first == 0) in.inputs->ask(t);
     const Vec delta = load(in.delta + t * kLanes), delta_u = load(in.delta_u + t * kLanes);
     const Vec dy = load(in.dy + t * kLanes);
     const float* B = kConstantB ? in.B + first * kLanes : in.B + t * in.n + first;
     const float* C = kConstantC ? in.C + first * kLanes : in.C + t * in.n + first;
     float* const dB = in.dB + (t * in.n + first) * kLanes;
     float* const dC = in.dC + (t * in.n + first) * kLanes;
-    const float* const before = history.before + t * kStates * kLanes;
+    const float* const decayed = history.decayed + t * kStates * kLanes;
     const float* const decays = history.decay + t * kStates * kLanes;
     Vec d_delta = Vec{}, d_delta_u = Vec{};
 #pragma GCC unroll 8
     for (int s = 0; s < kStates; ++s) {
       const Vec b = projection<kConstantB>(B, s), c = projection<kConstantC>(C, s);
-      const Vec decayed = load(decays + s * kLanes) * load(before + s * kLanes);
-      const Vec after = decayed + delta_u * b;
+      const Vec left = load(decayed + s * kLanes), after = left + delta_u * b;
       dh[s] += c * dy;
       add<kConstantC>(after * dy, dC + s * kLanes, dC_sum + s);
       add<kConstantB>(dh[s] * delta_u, dB + s * kLanes, dB_sum + s);
       d_delta_u += dh[s] * b;
-      const Vec through = dh[s] * decayed;
+      const Vec through = dh[s] * left;
       dA_sum[s] += through * delta;
       d_delta += through * load(A + (first + s) * kLanes);
       dh[s] *= load(decays + s * kLanes);
     }
-    store(in.d_delta + t * kLanes, load(in.d_delta + t * kLanes) + d_delta);
+    store(in.d_delta + t * kLanes, load(in.d_delta + t * kLanes) + d_delta * kLn2);
     store(in.d_delta_u + t * kLanes, load(in.d_delta_u + t * kLanes) + d_delta_u);
   }
 #pragma GCC unroll 8
@@ -131,7 +134,7 @@ class Walk {
         dC_((p_.constant_C ? kMaxBlocks : steps_) * n_ * kLanes),
         history_(2 * steps_ * kRegisterStates * kLanes),
         tiles_(kTiles * steps_ * kLanes) {
-    stage_A(p_, unit, 1.0f, A_.get());
+    stage_A(p_, unit, kLog2e, A_.get());
     if (g.dfinal_state && !before_) {
       for_each_block([&](int b, const Block& block) {
         read_states(state_at(g_.dfinal_state, unit_.row, block), n_, block.count, dstate(b));
@@ -188,13 +191,17 @@ class Walk {
     return states + (index * p_.channels + block.channel) * n_;
   }
 
+  int64_t offset(const TensorArg& x, const Block& block, int64_t t) const {
+    return unit_.row * x.stride[0] + block.channel * x.stride[1] + t * x.stride[2];
+  }
+
   void read(const TensorArg& x, const Block& block, int64_t t0, int64_t steps, float* to) {
-    const int64_t at = unit_.row * x.stride[0] + block.channel * x.stride[1] + t0 * x.stride[2];
-    read_tile(x, at, x.stride[1], x.stride[2], block.count, static_cast<int>(steps), to);
+    read_tile(x, offset(x, block, t0), x.stride[1], x.stride[2], block.count,
+              static_cast<int>(steps), to);
   }
   void write(const TensorArg& x, const Block& block, int64_t t0, int64_t steps, const float* from) {
-    const int64_t at = unit_.row * x.stride[0] + block.channel * x.stride[1] + t0 * x.stride[2];
-    write_tile(x, at, x.stride[1], x.stride[2], block.count, static_cast<int>(steps), from);
+    write_tile(x, offset(x, block, t0), x.stride[1], x.stride[2], block.count,
+               static_cast<int>(steps), from);
   }
 
   void stage(const Block& block, const int32_t* before, int64_t t0, int64_t steps) {
@@ -292,9 +299,28 @@ class Walk {
     group(std::integral_constant<int, 1>{});
   }
 
+  // Lists where this chunk's gradients will go, and the inputs of the chunk before it.
+  void look_ahead(const Block& block, int64_t t0, int64_t steps) {
+    outputs_.clear();
+    inputs_.clear();
+    int slot = 0;
+    for (const TensorArg* x : {&g_.du, &g_.ddelta, &g_.dz}) {
+      outputs_.add(slot++, *x, offset(*x, block, t0), x->stride[1], x->stride[2], block.count,
+                   steps);
+    }
+    const int64_t t = t0 - p_.chunk_size;
+    if (t < 0) return;
+    slot = 0;
+    for (const TensorArg* x : {&p_.u, &p_.delta, &g_.dout, &p_.z}) {
+      inputs_.add(slot++, *x, offset(*x, block, t), x->stride[1], x->stride[2], block.count,
+                  p_.chunk_size);
+    }
+  }
+
   void chunk(int b, const Block& block, int64_t chunk, int64_t t0, int64_t steps) {
     const int32_t* before = before_ ? before_ + t0 : nullptr;
     stage(block, before, t0, steps);
+    look_ahead(block, t0, steps);
     const int64_t at = b * n_ * kLanes;
     const Steps in{tile(kDelta),
                    tile(kDeltaU),
@@ -306,7 +332,9 @@ class Walk {
                    p_.constant_C ? C_.block(b) : C_.at(0),
                    dB_.get() + (p_.constant_B ? at : 0),
                    dC_.get() + (p_.constant_C ? at : 0),
-                   n_};
+                   n_,
+                   &outputs_,
+                   &inputs_};
     if (p_.constant_B) {
       p_.constant_C ? all_states<true, true>(in, b, block, chunk, t0, steps)
                     : all_states<true, false>(in, b, block, chunk, t0, steps);
@@ -349,16 +377,19 @@ class Walk {
   // Adds up the lanes of [t][n][lane] into (n, l) at this unit's slice, and zeroes it.
   void sum_lanes(float* from, float* to, int64_t t0, int64_t steps) {
     to += (unit_.row * slices_per_row(p_) + unit_.slice) * n_ * p_.length + t0;
-    for (int64_t t = 0; t < steps; ++t) {
-      for (int64_t s = 0; s < n_; s += kLanes) {
-        const int states = static_cast<int>(std::min<int64_t>(kLanes, n_ - s));
-        float* const rows = from + (t * n_ + s) * kLanes;
-        Vec r[kLanes];
-        for (int i = 0; i < kLanes; ++i) r[i] = i < states ? load(rows + i * kLanes) : Vec{};
-        float sums[kLanes];
-        store(sums, sum_each(r));
-        for (int i = 0; i < states; ++i) to[(s + i) * p_.length + t] = sums[i];
-        std::memset(rows, 0, sizeof(float) * static_cast<size_t>(states) * kLanes);
+    for (int64_t s = 0; s < n_; s += kLanes) {
+      const int states = static_cast<int>(std::min<int64_t>(kLanes, n_ - s));
+      for (int64_t begin = 0; begin < steps; begin += kTile) {
+        const int now = static_cast<int>(std::min<int64_t>(kTile, steps - begin));
+        alignas(64) float sums[kTile * kLanes];
+        for (int t = 0; t < now; ++t) {
+          float* const rows = from + ((begin + t) * n_ + s) * kLanes;
+          Vec r[kLanes];
+          for (int i = 0; i < kLanes; ++i) r[i] = i < states ? load(rows + i * kLanes) : Vec{};
+          store(sums + t * kLanes, sum_each(r));
+          std::memset(rows, 0, sizeof(float) * static_cast<size_t>(states) * kLanes);
+        }
+        write_tile_as<F32>(to + s * p_.length + begin, p_.length, 1, states, now, sums);
       }
     }
   }
@@ -371,6 +402,7 @@ class Walk {
   Buffer A_, dA_, dstate_, state_;
   ProjectionTile B_, C_;
   Buffer dB_, dC_, history_, tiles_;
+  Ahead outputs_, inputs_;
   alignas(64) float dD_[kSliceChannels] = {}, dbias_[kSliceChannels] = {};
 };
 

@@ -18,6 +18,7 @@ struct Steps {
   float* y;                      // [t][lane]
   const float *B, *C;            // [t][n], or n vectors
   int64_t n;                     // distance between steps of B and C
+  const Ahead* ahead;
 };
 
 // h <- exp2(delta A) h + delta u B, y += C h over steps [begin, end), for kStates states of a
@@ -30,6 +31,7 @@ void advance(const Steps& in, const float* A, float* state, int64_t first, int64
   for (int s = 0; s < kStates; ++s) h[s] = load(state + (first + s) * kLanes);
   const float* const A_first = A + first * kLanes;
   for (int64_t t = begin; t < end; ++t) {
+    in.ahead->ask(t);
     const Vec delta = load(in.delta + t * kLanes), delta_u = load(in.delta_u + t * kLanes);
     const float* B = kConstantB ? in.B + first * kLanes : in.B + t * in.n + first;
     const float* C = kConstantC ? in.C + first * kLanes : in.C + t * in.n + first;
@@ -146,6 +148,17 @@ class Walk {
     return unit_.row * x.stride[0] + block.channel * x.stride[1] + t * x.stride[2];
   }
 
+  // Lists the tiles after the ones that start at t0.
+  void look_ahead(const Block& block, int64_t t0) {
+    ahead_.clear();
+    const int64_t t = t0 + kTile, steps = std::min<int64_t>(kTile, p_.length - t);
+    if (steps <= 0) return;
+    int slot = 0;
+    for (const TensorArg* x : {&p_.u, &p_.delta, &p_.z, &p_.out}) {
+      ahead_.add(slot++, *x, offset(*x, block, t), x->stride[1], x->stride[2], block.count, steps);
+    }
+  }
+
   // Steps [t0, t0 + steps) of one block.
   void tile(int b, const Block& block, int64_t t0, int64_t steps) {
     const int32_t* before = before_ ? before_ + t0 : nullptr;
@@ -167,7 +180,9 @@ class Walk {
                    y_,
                    p_.constant_B ? B_.block(b) : B_.at(0),
                    p_.constant_C ? C_.block(b) : C_.at(0),
-                   p_.state_dim};
+                   p_.state_dim,
+                   &ahead_};
+    look_ahead(block, t0);
     for (int64_t t = 0; t < steps;) {
       restart(t0 + t, block, state(b));
       const int64_t end = stretch_end(before_, after_, t0 + t, t0 + steps) - t0;
@@ -201,6 +216,7 @@ class Walk {
   const int32_t *before_, *after_;
   Buffer A_, states_;
   ProjectionTile B_, C_;
+  Ahead ahead_;
   alignas(64) float u_[kTile * kLanes], delta_[kTile * kLanes], delta_u_[kTile * kLanes],
       y_[kTile * kLanes];
 };

@@ -30,6 +30,42 @@ class Buffer {
   std::unique_ptr<float[], Free> data_;
 };
 
+// The cache lines of tiles to come, asked for a few at each step of the loops that compute. A tile
+// takes a line or two of many rows, which the processor does not foresee by itself; and asked for
+// all at once they would hold up the computation, as a core waits for a dozen lines at most.
+class Ahead {
+ public:
+  static constexpr int kTensors = 4;
+
+  Ahead() { clear(); }
+  void clear() { std::fill(lines_, lines_ + kTensors * kTile, reinterpret_cast<char*>(this)); }
+
+  // Steps x channels of x from `offset` (in elements) on, as tensor number `slot`.
+  void add(int slot, const TensorArg& x, int64_t offset, int64_t stride_c, int64_t stride_t,
+           int64_t channels, int64_t steps) {
+    const int64_t size = x.dtype == DType::kFloat32 ? 4 : 2;
+    const bool channels_inside = stride_c == 1;
+    if (!x.data || (!channels_inside && stride_t != 1)) return;
+    const int64_t rows = channels_inside ? steps : channels;
+    const int64_t bytes = (channels_inside ? channels : steps) * size;
+    const int64_t stride = (channels_inside ? stride_t : stride_c) * size;
+    const char* row = static_cast<const char*>(x.data) + offset * size;
+    for (int64_t i = 0, line = slot; i < rows; ++i, row += stride) {
+      for (int64_t at = 0; at < bytes && line < kTensors * kTile; at += 64, line += kTensors) {
+        lines_[line] = row + at;
+      }
+    }
+  }
+
+  MAMBA_INLINE void ask(int64_t step) const {
+    const char* const* lines = lines_ + step % kTile * kTensors;
+    for (int i = 0; i < kTensors; ++i) __builtin_prefetch(lines[i], 0, 2);
+  }
+
+ private:
+  const char* lines_[kTensors * kTile];
+};
+
 // B or C of one unit. Variable: value(t) is n numbers for step t of the tile, shared by all
 // channels. Constant: value is n vectors of kLanes for each block of channels.
 class ProjectionTile {
@@ -55,15 +91,26 @@ class ProjectionTile {
   // Stages steps [t0, t0 + steps); at padding the values are 0.
   void stage(int64_t t0, int64_t steps, const int32_t* before) {
     if (constant_) return;
-    for (int64_t t = 0; t < steps; ++t) {
-      float* row = values_.get() + t * n_;
-      if (before && before[t0 + t] == ScanEvents::kPadding) {
-        std::memset(row, 0, sizeof(float) * n_);
-        continue;
+    for (int64_t s = 0; s < n_; s += kLanes) {
+      const int count = static_cast<int>(std::min<int64_t>(kLanes, n_ - s));
+      for (int64_t t = 0; t < steps; t += kTile) {
+        const int now = static_cast<int>(std::min<int64_t>(kTile, steps - t));
+        alignas(64) float tile[kTile * kLanes];
+        const int64_t at = offset_ + s * x_.stride[2] + (t0 + t) * x_.stride[3];
+        read_tile(x_, at, x_.stride[2], x_.stride[3], count, now, tile);
+        float* to = values_.get() + t * n_ + s;
+        for (int i = 0; i < now; ++i, to += n_) {
+          if (count == kLanes) {
+            store(to, load(tile + i * kLanes));
+          } else {
+            std::memcpy(to, tile + i * kLanes, sizeof(float) * static_cast<size_t>(count));
+          }
+        }
       }
-      const int64_t at = offset_ + (t0 + t) * x_.stride[3];
-      const float* values = row_as_float(x_, at, x_.stride[2], n_, row);
-      if (values != row) std::memcpy(row, values, sizeof(float) * n_);
+    }
+    for (int64_t t = 0; before && t < steps; ++t) {
+      if (before[t0 + t] != ScanEvents::kPadding) continue;
+      std::memset(values_.get() + t * n_, 0, sizeof(float) * n_);
     }
   }
 
