@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from helpers import assert_close_to_oracle
 
 import mamba_ssm
 from mamba_ssm.inference import cpu_decoder
+from mamba_ssm.inference.pack import zeroed_buffer
 from mamba_ssm.ops import native
 
 pytestmark = needs_native
@@ -287,6 +290,23 @@ def test_nothing_is_packed_while_gradients_are_enabled():
     model = make_model()
     assert cpu_decoder.decoder_for(model) is None
     assert cpu_decoder.why_not(model) == "gradients are enabled"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs Linux's /proc")
+def test_a_large_pack_asks_for_huge_pages():
+    buffer = zeroed_buffer(16 << 20)
+    mapping, found = "", None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            mapping = line
+        begin, end = (int(part, 16) for part in mapping.split()[0].split("-"))
+        if line.startswith("VmFlags:") and begin <= buffer.data_ptr() < end:
+            found = line.split()
+    assert found is not None
+    assert "sh" not in found, "shared memory gets no huge pages"
+    if not os.path.exists("/sys/kernel/mm/transparent_hugepage"):
+        pytest.skip("this kernel has no transparent huge pages")
+    assert "hg" in found
 
 
 class Adapted(torch.nn.Linear):

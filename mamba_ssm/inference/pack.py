@@ -26,6 +26,7 @@ from mamba_ssm.ops.decode_layout import (
 
 _LOG2_E = 1.4426950408889634
 _HUGE_PAGE = 2 << 20
+_POSIX = hasattr(mmap, "MAP_PRIVATE")
 
 
 def zeroed_buffer(size: int) -> Tensor:
@@ -36,7 +37,9 @@ def zeroed_buffer(size: int) -> Tensor:
     """
     if size < _HUGE_PAGE:
         return torch.zeros(padded(size, ALIGNMENT), dtype=torch.uint8)
-    memory = mmap.mmap(-1, padded(size, _HUGE_PAGE) + _HUGE_PAGE)
+    # Shared memory, the default, gets no huge pages unless the system says so for all of it.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if _POSIX else {}
+    memory = mmap.mmap(-1, padded(size, _HUGE_PAGE) + _HUGE_PAGE, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them: slower, not wrong
             memory.madvise(mmap.MADV_HUGEPAGE)
