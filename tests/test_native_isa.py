@@ -93,7 +93,9 @@ def test_exponentials_far_from_zero(isa):
     torch.testing.assert_close(state, expected, rtol=1e-5, atol=1e-43, equal_nan=True)
 
 
-@pytest.mark.parametrize("row", ["many channels", "l=1000", "packed, groups", "shared by rows"])
+@pytest.mark.parametrize(
+    "row", ["many channels", "d=67", "l=1000", "packed, groups", "shared by rows"]
+)
 def test_thread_counts_give_identical_bits(row):
     results = []
     before = torch.get_num_threads()
