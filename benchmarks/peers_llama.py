@@ -107,6 +107,9 @@ def has_amx() -> bool:
         return False
 
 
+_kept: list[Any] = []
+
+
 class LlamaModel:
     """A loaded GGUF file; contexts for given numbers of sequences are made on demand.
 
@@ -118,8 +121,10 @@ class LlamaModel:
         import llama_cpp
 
         self._api: Any = llama_cpp.llama_cpp
-        self._log = self._api.llama_log_callback(lambda level, text, data: None)
-        self._api.llama_log_set(self._log, ctypes.c_void_p(0))
+        if not _kept:
+            # The library keeps the pointer for good, so it must outlive every model.
+            _kept.append(self._api.llama_log_callback(lambda level, text, data: None))
+        self._api.llama_log_set(_kept[0], ctypes.c_void_p(0))
         self._api.llama_backend_init()
         params = self._api.llama_model_default_params()
         params.use_extra_bufts = not (has_amx() and "q8_0" in path.name)
