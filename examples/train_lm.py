@@ -67,7 +67,12 @@ def learning_rate(step: int, args: Any) -> float:
 
 
 class Crops:
-    """Random pieces of one token stream that lies on the device as a whole."""
+    """Random pieces of one token stream that lies on the device as a whole.
+
+    A piece from the middle of a file is read from a zero state, as if nothing stood before it. With
+    those alone a model takes every prompt for the middle of a file, so some pieces begin where a
+    document does: at the end mark before it, or, as a prompt does, behind that mark.
+    """
 
     def __init__(self, documents: Sequence[corpus.Document], args: Any) -> None:
         stream = torch.from_numpy(corpus.token_stream(documents))
@@ -76,6 +81,12 @@ class Crops:
             raise corpus.CorpusError(
                 f"the training text has {len(stream)} tokens, fewer than --seq-len {args.seq_len}"
             )
+        marks = (stream == corpus.EOS_ID).nonzero().flatten()
+        self.beginnings = marks[marks < self.last_start]
+        # Whole rows of each batch; none if no document leaves room for a piece.
+        self.rows_at_beginnings = round(args.batch_size * args.document_starts)
+        if len(self.beginnings) == 0:
+            self.rows_at_beginnings = 0
         self.stream = stream.to(args.device)
         self.batch_size = args.batch_size
         self.window = torch.arange(args.seq_len, device=args.device)
@@ -87,7 +98,13 @@ class Crops:
     def advance(self) -> None:
         """Draw the places of the next batch."""
         shape = self.starts.shape
-        self.starts.copy_(torch.randint(self.last_start + 1, shape, generator=self.generator))
+        starts = torch.randint(self.last_start + 1, shape, generator=self.generator)
+        rows = self.rows_at_beginnings
+        if rows:
+            which = torch.randint(len(self.beginnings), (rows, 1), generator=self.generator)
+            behind = torch.randint(2, (rows, 1), generator=self.generator)
+            starts[:rows] = self.beginnings[which] + behind
+        self.starts.copy_(starts)
 
     def batch(self) -> Tensor:
         """The present batch of ids, (batch_size, seq_len) int64."""

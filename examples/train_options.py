@@ -51,6 +51,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--steps", type=int, help="optimizer steps; the schedule's length")
     group.add_argument("--batch-size", type=int)
     group.add_argument("--seq-len", type=int, help="tokens of each training piece")
+    group.add_argument(
+        "--document-starts", type=float, default=0.0, metavar="FRACTION",
+        help="of the pieces of a batch, begin where a document begins",
+    )  # fmt: skip
     group.add_argument("--lr", type=float, help="peak; reached after --warmup, then a cosine")
     group.add_argument("--min-lr-ratio", type=float, default=0.05, help="last lr / --lr")
     group.add_argument("--warmup", type=int, help="steps of linear warm-up")
@@ -107,6 +111,10 @@ def _first_problem(args: argparse.Namespace) -> str | None:
         (args.seq_len >= 2, f"--seq-len must be at least 2, got {args.seq_len}"),
         (args.lr > 0, f"--lr must be above 0, got {args.lr}"),
         (0 <= args.min_lr_ratio <= 1, f"--min-lr-ratio must be 0 to 1, got {args.min_lr_ratio}"),
+        (
+            0 <= args.document_starts <= 1,
+            f"--document-starts must be 0 to 1, got {args.document_starts}",
+        ),
         (args.warmup >= 0, f"--warmup must not be negative, got {args.warmup}"),
         (args.weight_decay >= 0, f"--weight-decay must not be negative, got {args.weight_decay}"),
         (args.grad_clip >= 0, f"--grad-clip must not be negative, got {args.grad_clip}"),

@@ -249,6 +249,30 @@ class TestTraining:
         changed = train_lm.main([*other, "--steps", "2", "--warmup", "0"])
         assert changed["heldout_bits_per_byte"] != metrics["heldout_bits_per_byte"]
 
+    def test_pieces_begin_where_documents_do(self, text):
+        options = [*TINY, "--text", str(text), "--out", "unused", "--batch-size", "8"]
+        documents = corpus.read_folder(text)
+        marks = (torch.from_numpy(corpus.token_stream(documents)) == corpus.EOS_ID).nonzero()
+        at_beginnings = {int(mark) + behind for mark in marks for behind in (0, 1)}
+
+        def starts(*more):
+            crops = train_lm.Crops(documents, train_options.parse_options("", [*options, *more]))
+            drawn = []
+            for _ in range(20):
+                crops.advance()
+                assert crops.batch().shape == (8, crops.window.numel())
+                drawn.append(crops.starts.flatten().clone())
+            return torch.stack(drawn)
+
+        some = starts("--document-starts", "0.25")
+        assert set(some[:, :2].flatten().tolist()) <= at_beginnings
+        assert len(set(some[:, :2].flatten().tolist())) > 5
+        assert not set(some[:, 2:].flatten().tolist()) <= at_beginnings
+        assert torch.equal(some, starts("--document-starts", "0.25"))
+        plain = starts()
+        assert torch.equal(plain, starts("--document-starts", "0.0"))
+        assert torch.equal(plain[0, 2:], some[0, 2:])  # the other pieces are drawn as before
+
     def test_learning_rate_schedule(self):
         args = train_options.parse_options("", [*TINY, "--out", "unused", "--min-lr-ratio", "0.1"])
         rates = [train_lm.learning_rate(step, args) for step in range(args.steps)]
@@ -387,6 +411,7 @@ class TestBadOptions:
             ("--lr 0", "--lr must be above 0"),
             ("--min-lr-ratio 2", "--min-lr-ratio must be 0 to 1"),
             ("--warmup -1", "--warmup must not be negative"),
+            ("--document-starts 1.5", "--document-starts must be 0 to 1, got 1.5"),
             ("--weight-decay -1", "--weight-decay must not be negative"),
             ("--grad-clip -1", "--grad-clip must not be negative"),
             ("--minutes 0", "--minutes must be above 0"),
