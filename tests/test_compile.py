@@ -168,8 +168,10 @@ def test_training_under_autocast(where, backend, device, monkeypatch):
     exact = run_with_grads(model, lambda: model(ids, labels=ids).loss)
     for name, value in exact.items():
         errors = [(result[name] - value).norm() for result in (actual, expected)]
-        bound = 2 * (min(errors) + torch.finfo(torch.bfloat16).eps * value.norm())
-        assert max(errors) <= bound, name
+        assert max(errors) <= 2 * min(errors) + 2.0**-7 * value.norm(), name
+        if device == "cpu":  # there both round in the same places, nearly
+            difference = (actual[name] - expected[name]).norm()
+            assert difference <= 2.0**-7 * expected[name].norm(), name
     assert not torch.is_autocast_enabled(device)
 
 
