@@ -76,6 +76,9 @@ def conv(request, monkeypatch):
         pytest.skip("the real causal_conv1d is installed, so the compatibility module is not used")
     from transformers.integrations import use_kernel_func_from_hub_with_fallback as decorate
 
+    # Before the copy: a file first imported into that would be imported once more by later tests.
+    for path in MODULES.values():
+        importlib.import_module(path)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.setattr(sys, "modules", sys.modules.copy())
     with warnings.catch_warnings():
