@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba_ssm.utils.generation_state import InferenceParams
+from mamba_ssm.utils.graphed_step import capturing
 
 Run = Callable[[Tensor, Tensor, int], Tensor]
 T = TypeVar("T")
@@ -212,7 +213,7 @@ def record(
         graph = torch.cuda.CUDAGraph()
         if generator is not None:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, pool=mempool):
+        with capturing(graph, mempool):
             result = step()
     return graph, result
 

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 
 EAGER_STEPS = 3  # before a graph is captured: they initialise libraries and the optimizer
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> torch.cuda.graph:
+    """`torch.cuda.graph` on a stream of the current device.
+
+    Left to itself torch captures on one stream for the whole process, of the device that was
+    current at the first capture: work of another device would run at once and not be recorded.
+    """
+    return torch.cuda.graph(graph, pool=pool, stream=_capture_stream(torch.cuda.current_device()))
 
 
 class GraphedStep:
@@ -60,7 +76,7 @@ class GraphedStep:
             self.eager_steps += 1
         else:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records the kernels without running them
+            with capturing(graph):  # records the kernels without running them
                 self.work()
             graph.replay()
             self.graph = graph
