@@ -160,8 +160,9 @@ BackwardPlan backward_plan(const ScanGradients& g, const CudaScanEvents& events)
   plan.kind = kind_of(a);
   bool planned = false;
   if (plan.kind != BackwardKind::kAny) {
-    planned = (a.group_channels > 32 && plan_blocks<BackwardShape<12>, false>(a, gpu, &plan)) ||
-              plan_blocks<BackwardShape<4>, false>(a, gpu, &plan);
+    planned =
+        (a.group_channels > 32 && plan_blocks<BackwardShape<kWideWarps>, false>(a, gpu, &plan)) ||
+        plan_blocks<BackwardShape<4>, false>(a, gpu, &plan);
   }
   if (!planned) {
     plan.kind = BackwardKind::kAny;

@@ -6,21 +6,24 @@
 #include <cfloat>
 #include <type_traits>
 
+#include "barrier.cuh"
 #include "math.cuh"
 #include "scan_backward.h"
 #include "tile.cuh"
 
 namespace mamba {
 
-// A lane owns 8 steps of 2 channels, a warp 64 steps of 8 channels: lane 4 i + j holds the i-th
-// steps of the j-th channels, which is how mma fragments lie.
+constexpr int kWideWarps = 12;  // of a block for many channels
+
+// A lane owns 16 steps of a channel, a warp 64 steps of 8 channels: lane 8 i + j holds the i-th
+// steps of the j-th channel. Lanes that differ in j % 4 lie as mma sums them.
 template <int kWarps_>
 struct BackwardShape {
-  static constexpr int C = 2, L = 8, kSteps = 64;
+  static constexpr int L = 16, kSteps = 64, kLanes = kSteps / L;  // lanes of a channel
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kWarpChannels = 8, kChannels = kWarps * kWarpChannels;
-  static constexpr int kStates = 16;              // staged at once
-  static constexpr int kBatch = 4;                // states between two sums over the warps
+  static constexpr int kStates = 16;  // staged at once
+  static constexpr int kRing = 4;     // states whose sums over the warps are on their way
   static constexpr int kMinBlocks = 12 / kWarps;  // 168 registers a thread
 };
 
@@ -31,11 +34,11 @@ struct BackwardTile {
   static constexpr int kSteps = 64, kRow = kChannels;
 
   __device__ static constexpr int at(TileOrder order, int size, int c, int t) {
-    if (order == TileOrder::kChannel) return (t * kChannels + c + t / 8 * 8) * size;
+    if (order == TileOrder::kChannel) return (t * kChannels + c + t / 16 * 8) * size;
     return c * (kSteps * size + 16) + t * size;
   }
   __host__ __device__ static constexpr int bytes(int size) {
-    const int by_channel = (kSteps * kChannels + 64) * size;
+    const int by_channel = (kSteps * kChannels + kSteps / 2) * size;
     const int by_time = kChannels * (kSteps * size + 16);
     return by_channel > by_time ? by_channel : by_time;
   }
@@ -72,7 +75,6 @@ template <class S>
 struct BackwardPlace {
   int64_t row, segment, slice, channel;  // channel: the block's first
   int channels, group;                   // channels that exist; group of B and C
-  int warp, lane, c, i;                  // the lane's first channel in the block; its place in time
 
   __device__ __forceinline__ BackwardPlace(const BackwardArgs& a, int64_t unit) {
     const int64_t slices = a.plan.slices;
@@ -83,10 +85,23 @@ struct BackwardPlace {
     const int64_t first = slice % a.plan.blocks_per_group * S::kChannels;
     channel = group * a.group_channels + first;
     channels = clamp_int(a.group_channels - first, 0, S::kChannels);
-    warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    c = warp * S::kWarpChannels + lane % 4 * S::C;
-    i = lane / 4;
   }
+
+  // Read anew wherever they are needed: registers are scarcer than time.
+  __device__ __forceinline__ static int thread() {
+    unsigned id;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
+    __builtin_assume(id < S::kThreads);
+    return static_cast<int>(id);
+  }
+  __device__ __forceinline__ static int warp() { return thread() / 32; }
+  __device__ __forceinline__ static int lane() { return thread() % 32; }
+  // The lane's channel in the block, and its place in time.
+  __device__ __forceinline__ static int c() {
+    const int id = thread();
+    return id / 32 * S::kWarpChannels + id % S::kWarpChannels;
+  }
+  __device__ __forceinline__ static int i() { return lane() / S::kWarpChannels; }
 };
 
 // Byte offsets in shared memory.
@@ -94,18 +109,18 @@ template <class S, bool kGeneral>
 struct BackwardMemory {
   using Tile = BackwardTile<S::kChannels>;
   using StateTile = BackwardTile<S::kStates>;
-  // B and C in fp32: [state][B or C][lane of a channel][8 steps and a pad against bank conflicts].
-  static constexpr int kLanePitch = S::L + 4, kRowPitch = 8 * kLanePitch;
-  static constexpr int kStatePitch = 2 * kRowPitch;
+  // B and C in fp32: [state][B or C][lane of a channel][its steps], padded against bank conflicts.
+  static constexpr int kLanePitch = S::L + 4, kRowPitch = S::kLanes * kLanePitch;
+  static constexpr int kStatePitch = 2 * kRowPitch + 4;
   // Of each state and channel: A, the adjoint that enters the tile, dA, constant dB, constant dC.
   static constexpr int kRecord = kGeneral ? 5 : 3, kRecordPitch = kRecord * S::kChannels;
   static constexpr int kEnterPitch = S::kStates + 4;  // entering states: [channel][state]
-  static constexpr int kLaneSumPitch = 72;  // dA of a warp's lanes: [state][lane][channel]
 
-  static constexpr int kTensors = 9;  // u, delta, dout, z, du, ddelta, dz, B, C
+  static constexpr int kTensors = 9;            // u, delta, dout, z, du, ddelta, dz, B, C
+  static constexpr int kStarts = kTensors + 3;  // and partial dC, partial dB, chunk states
 
-  int u, delta, dout, z, stage, B_raw, C_raw, columns, projections, entering, sums, lane_sums,
-      records, constants, totals, starts, total;
+  int u, delta, dout, z, stage, B_raw, C_raw, columns, projections, entering, sums, barriers,
+      records, constants, totals, starts, numbers, total;
 
   __host__ __device__ BackwardMemory(const BackwardArgs& a, int stages) {
     int at = 0;
@@ -125,12 +140,13 @@ struct BackwardMemory {
     columns = take(32 * 32);
     projections = take(S::kStates * kStatePitch * 4);
     entering = take(2 * S::kChannels * kEnterPitch * 4);
-    sums = take(2 * S::kBatch * S::kWarps * 512);
-    lane_sums = take(S::kWarps * S::kBatch * kLaneSumPitch * 4);
+    sums = take(S::kRing * S::kWarps * 1024);
+    barriers = take(2 * S::kRing * 8);
     records = take(static_cast<int>(a.p.state_dim) * kRecordPitch * 4);
     constants = take(2 * S::kChannels * 4);  // bias, D
-    totals = take(S::kThreads * 16);         // each lane's dD and ddelta_bias
-    starts = take(kTensors * 8);             // where the block's channels lie at step 0
+    totals = take(S::kThreads * 8);          // each lane's dD and ddelta_bias
+    starts = take(kStarts * 8);              // where the block's channels lie at step 0
+    numbers = take(3 * 4);                   // the block's channels, tiles and last tile
     total = at;
   }
 };

@@ -8,28 +8,34 @@
 
 namespace mamba {
 
-// A state of one channel over the lane's steps: g + P x leaves where x enters. Lane 0 of a channel
-// gets the map of the whole tile.
-template <class S, bool kGeneral, int k>
-__device__ __forceinline__ void tile_map(const StateRun<S, kGeneral>& run, int state,
-                                         const float (&C)[8], float A, float& g, float& P) {
+// A state over the lane's steps: g + P x leaves where x enters. Lane 0 of a channel gets the map of
+// the whole tile.
+template <class S, bool kGeneral, class Rows>
+__device__ __forceinline__ void tile_map(const StateRun<S, kGeneral>& run, int state, Rows&& rows,
+                                         float A, float& g, float& P) {
   const BackwardLane& lane = run.lane;
-  float decay[8], grad[8];
+  constexpr int L = S::L;
+  float decay[L], grad[L];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    decay[i] = exp2_fast(lane.delta[k][i] * A);
-    grad[i] = lane.dy[k][i] * C[i];
+  for (int i = 0; i < L; ++i) decay[i] = exp2_fast(lane.delta[i] * A);
+#pragma unroll
+  for (int q = 0; q < L / 4; ++q) {
+    float C[4];
+    rows(q, C);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) grad[4 * q + i] = lane.dy[4 * q + i] * C[i];
   }
-  P = fminf(exp2_fast(lane.delta_sum[k] * A), FLT_MAX);
+  P = fminf(exp2_fast(lane.delta_sum * A), FLT_MAX);
   if constexpr (kGeneral) {
-    float unused[8] = {};
-    run.apply_events(k, state, A, decay, unused, grad, P);
+    float unused[L] = {};
+    run.apply_events(state, A, decay, unused, grad, P);
   }
-  g = 0.0f;
+  g = grad[L - 1];
 #pragma unroll
-  for (int i = 7; i >= 0; --i) g = decay[i] * (grad[i] + g);
+  for (int i = L - 2; i >= 0; --i) g = fmaf(decay[i + 1], g, grad[i]);
+  g *= decay[0];
 #pragma unroll
-  for (int distance = 4; distance < 32; distance *= 2) {
+  for (int distance = S::kWarpChannels; distance < 32; distance *= 2) {
     g = fmaf(P, __shfl_down_sync(0xffffffffu, g, distance), g);
     P = fminf(P * __shfl_down_sync(0xffffffffu, P, distance), FLT_MAX);
   }
@@ -41,26 +47,18 @@ template <class S, class K, bool kGeneral>
 __device__ __forceinline__ void extend_map(const BackwardBlock<S, K, kGeneral>& block,
                                            const StateRun<S, kGeneral>& run, int state,
                                            const float* projections, float* record) {
-  using M = BackwardMemory<S, kGeneral>;
-  const BackwardPlace<S>& at = block.at;
-  const float2 so_far = *reinterpret_cast<const float2*>(record + 2 * S::kChannels);
+  const float so_far = record[2 * S::kChannels];
   // What lies behind a decay of 0 does not reach the segment's start.
-  if (__all_sync(0xffffffffu, so_far.x == 0.0f && so_far.y == 0.0f)) return;
-  const float2 A = *reinterpret_cast<const float2*>(record);
-  float C[8], g[2], P[2];
-  const BackwardArgs& a = block.a;
-  block.read_projection(C, a.p.constant_C, a.p.C, projections + M::kRowPitch, 0, state);
-  tile_map<S, kGeneral, 0>(run, state, C, A.x, g[0], P[0]);
-  if (kGeneral && a.p.constant_C) {
-    block.read_projection(C, true, a.p.C, nullptr, 1, state);
-  }
-  tile_map<S, kGeneral, 1>(run, state, C, A.y, g[1], P[1]);
+  if (__all_sync(0xffffffffu, so_far == 0.0f)) return;
+  float g, P;
+  const auto rows = [&](int q, float (&v)[4]) {
+    block.read_projection(1, q, v, projections, state);
+  };
+  tile_map<S, kGeneral>(run, state, rows, record[0], g, P);
   __syncwarp();
-  if (at.i != 0) return;
-  float2* const total = reinterpret_cast<float2*>(record + S::kChannels);
-  *total = make_float2(fmaf(so_far.x, g[0], total->x), fmaf(so_far.y, g[1], total->y));
-  *reinterpret_cast<float2*>(record + 2 * S::kChannels) =
-      make_float2(fminf(so_far.x * P[0], FLT_MAX), fminf(so_far.y * P[1], FLT_MAX));
+  if (block.at.i() != 0) return;
+  record[S::kChannels] = fmaf(so_far, g, record[S::kChannels]);
+  record[2 * S::kChannels] = fminf(so_far * P, FLT_MAX);
 }
 
 template <class S, class K, bool kGeneral>
@@ -103,9 +101,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
         block.load_projections(last ? t0 + S::kSteps : t0, last ? 0 : first + S::kStates);
       }
       copies_commit();
-      const StateRun<S, kGeneral> run{a, at, lane, at.row * a.p.length + t0 + at.i * S::L};
-      const float* from = block.floats(m.projections) + at.i * M::kLanePitch;
-      float* record = block.floats(m.records) + first * M::kRecordPitch + at.c;
+      const StateRun<S, kGeneral> run{a, at, lane, at.row * a.p.length + t0 + at.i() * S::L,
+                                      nullptr};
+      const float* from = block.floats(m.projections) + at.i() * M::kLanePitch;
+      float* record = block.floats(m.records) + first * M::kRecordPitch + at.c();
 #pragma unroll 1
       for (int s = 0; s < states; ++s) {
         extend_map(block, run, first + s, from, record);
