@@ -175,6 +175,17 @@ struct Launch {
   }
 };
 
+template <class S>
+bool wide_fits(const ForwardArgs& a) {
+  int device = 0, processors = 0, memory = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int64_t blocks = a.p.batch * a.p.groups * a.blocks_per_group;
+  const int fixed = static_cast<int>(sizeof(BlockConstants<S>));
+  return 10 * blocks >= 9 * processors && typename Forward<S>::Memory(a).total + fixed <= memory;
+}
+
 }  // namespace
 
 const char* scan_forward_cuda(const ScanParams& p, const CudaScanEvents& events,
@@ -182,6 +193,10 @@ const char* scan_forward_cuda(const ScanParams& p, const CudaScanEvents& events,
   if (p.batch * p.channels * p.length == 0) return nullptr;
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (sequential_fits(p)) return scan_forward_sequential(p, events, stream);
+  // Twelve warps share the work on B and C, where that leaves no processor without a block.
+  using Wide = ScanShape<32, 1, 16, 8, 1, 1, 12>;
+  const ForwardArgs wide = forward_args<Wide>(p, events);
+  if (wide_fits<Wide>(wide)) return launch_for<Launch<Wide>>(wide, stream);
   using Shape = ScanShape<32, 1, 16, 4, 1, 3>;
   return launch_for<Launch<Shape>>(forward_args<Shape>(p, events), stream);
 }

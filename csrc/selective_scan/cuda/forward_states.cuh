@@ -51,10 +51,12 @@ __device__ __forceinline__ void convert_projection(float* to, const char* tile, 
                                                    int steps) {
   using F = Forward<S>;
   constexpr auto kOrder = kByState ? TileOrder::kChannel : TileOrder::kTime;
-  constexpr int kQuads = S::kSteps / 4, kCount = S::kStates * kQuads / S::kThreads;
+  constexpr int kQuads = S::kSteps / 4, kAll = S::kStates * kQuads;
+  constexpr int kCount = (kAll + S::kThreads - 1) / S::kThreads;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     const int i = threadIdx.x + k * S::kThreads;
+    if (kAll % S::kThreads && i >= kAll) break;
     const int n = kByState ? i % S::kStates : i / kQuads;
     const int t = 4 * (kByState ? i / S::kStates : i % kQuads);
     const char* from = tile + F::StateTile::at(kOrder, kSize, n, t);

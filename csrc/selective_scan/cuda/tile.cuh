@@ -13,13 +13,13 @@ namespace mamba {
 
 // How a block divides its work: a warp holds 32 / G groups of G lanes; a lane owns L consecutive
 // steps of C channels, a group of lanes the tile's G * L steps of the same C channels.
-template <int G_, int C_, int L_, int kStates_, int kAtOnce_, int kBlocks_>
+template <int G_, int C_, int L_, int kStates_, int kAtOnce_, int kBlocks_, int kWarps_ = 4>
 struct ScanShape {
   static constexpr int G = G_, C = C_, L = L_;
   static constexpr int kStates = kStates_;  // states staged at once
   static constexpr int kAtOnce = kAtOnce_;  // and run side by side
   static constexpr int kBlocks = kBlocks_;  // meant to fit a multiprocessor
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kSteps = G * L;
   static constexpr int kWarpChannels = 32 / G * C;
   static constexpr int kChannels = kWarps * kWarpChannels;
@@ -59,6 +59,11 @@ struct TileKind {
   }
 };
 
+// Bytes of a copy from or to rows of so many.
+__host__ __device__ constexpr int copy_piece(int row) {
+  return row % 16 == 0 ? 16 : row < 16 ? row : 8;
+}
+
 // `channels_at_once`: how many channels (or states) a tile holds; blocks start at its multiples
 // within a group of `group_channels`.
 inline TileSource tile_source(const void* data, DType dtype, int64_t stride_b, int64_t stride_c,
@@ -67,7 +72,7 @@ inline TileSource tile_source(const void* data, DType dtype, int64_t stride_b, i
   s.data = static_cast<char*>(const_cast<void*>(data));
   s.dtype = dtype, s.stride_b = stride_b, s.stride_c = stride_c, s.stride_t = stride_t;
   const int64_t size = s.element_size();
-  const int64_t piece = channels_at_once * size < 16 ? channels_at_once * size : 16;
+  const int64_t piece = copy_piece(channels_at_once * static_cast<int>(size));
   const auto address = reinterpret_cast<uintptr_t>(data);
   const bool even = stride_b * size % 16 == 0;
   if (stride_t == 1 && address % 16 == 0 && even && stride_c * size % 16 == 0) {
@@ -84,7 +89,7 @@ inline TileSource tile_source(const void* data, DType dtype, int64_t stride_b, i
 template <int kChannels, int G, int L>
 struct TileLayout {
   static constexpr int kSteps = G * L, kRow = kChannels;
-  static constexpr int kStepPad = kChannels >= 8 ? 8 : 4;  // elements, with channels innermost
+  static constexpr int kStepPad = kChannels % 8 == 0 ? 8 : 4;  // elements, with channels innermost
 
   // Bytes after every L steps of a row; up to 32 bytes a lane, there is next to nothing to spread.
   __host__ __device__ static constexpr int time_pad(int size) { return L * size > 32 ? 16 : 0; }
@@ -141,7 +146,7 @@ __device__ __forceinline__ void load_rows(char* tile, const char* from, int64_t 
   constexpr bool kByTime = kOrder == TileOrder::kTime;
   constexpr int kInner = kByTime ? Layout::kSteps : Layout::kRow;
   constexpr int kRows = kByTime ? Layout::kRow : Layout::kSteps;
-  constexpr int kPiece = kInner * kSize < 16 ? kInner * kSize : 16;
+  constexpr int kPiece = copy_piece(kInner * kSize);
   using Pieces = RowPieces<kInner, kRows, kSize, kPiece, kThreads>;
   const int first = Pieces::first();
   int row = Pieces::row();
@@ -162,7 +167,7 @@ __device__ __forceinline__ void store_rows(const char* tile, char* to, int64_t r
   constexpr bool kByTime = kOrder == TileOrder::kTime;
   constexpr int kInner = kByTime ? Layout::kSteps : Layout::kRow;
   constexpr int kRows = kByTime ? Layout::kRow : Layout::kSteps;
-  constexpr int kPiece = kInner * kSize < 16 ? kInner * kSize : 16;
+  constexpr int kPiece = copy_piece(kInner * kSize);
   using Pieces = RowPieces<kInner, kRows, kSize, kPiece, kThreads>;
   const int first = Pieces::first();
   int row = Pieces::row();
@@ -205,9 +210,9 @@ __device__ __forceinline__ void move_elements(char* tile, char* global, const Ti
                                               int steps, int channels) {
   using Word = typename Bits<kSize>::type;
   constexpr int kElements = Layout::kRow * Layout::kSteps;
-  constexpr int kCount = (kElements + kThreads - 1) / kThreads, kBatch = kCount < 8 ? kCount : 8;
-  static_assert(kCount % kBatch == 0, "whole batches");
-  constexpr bool kEven = kElements % kThreads == 0;
+  constexpr int kLeast = (kElements + kThreads - 1) / kThreads, kBatch = kLeast < 8 ? kLeast : 8;
+  constexpr int kCount = (kLeast + kBatch - 1) / kBatch * kBatch;
+  constexpr bool kEven = kElements == kCount * kThreads;
   for (int i0 = 0; i0 < kCount; i0 += kBatch) {
     Word words[kBatch];
 #pragma unroll
