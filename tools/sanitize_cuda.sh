@@ -3,7 +3,8 @@
 #     tools/sanitize_cuda.sh [memcheck racecheck initcheck]
 # PYTHON is the interpreter (default python), PARTS the parts of tools/cuda_sweep.py (default all). Fails if
 # a tool finds an error. Torch's caching allocator is off, so that memory which nobody wrote and accesses
-# beyond an allocation are seen.
+# beyond an allocation are seen. racecheck needs a library that was built for it (csrc/selective_scan/cuda/
+# barrier.cuh says why): NVCC_APPEND_FLAGS=-DMAMBA_RACECHECK python -m mamba_ssm build --device cuda
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$PWD

@@ -36,8 +36,7 @@ __device__ __forceinline__ void write_sums(const Block& block, unsigned count,
   float4* const to = ring_sums<S>(block, count) + at.warp() * 64 + at.lane();
   to[0] = make_float4(sums.C[0], sums.C[1], sums.C[2], sums.C[3]);
   to[32] = make_float4(sums.B[0], sums.B[1], sums.B[2], sums.B[3]);
-  __syncwarp();
-  if (at.lane() == 0) barrier_arrive(ring_barrier<S>(block, count, 0));
+  barrier_arrive_warp(ring_barrier<S>(block, count, 0), at.lane());
 }
 
 // Sums a state's dC and dB over the warps and writes the block's share of them. Lanes 16 k + 4 i +
@@ -58,8 +57,7 @@ __device__ __forceinline__ void store_sums(const BackwardBlock<S, K, kGeneral>& 
     const float4 v = from[w / 2 * 64 + w % 2 * 4];
     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
   }
-  __syncwarp();
-  if (at.lane() == 0) barrier_arrive(ring_barrier<S>(block, count, 1));
+  barrier_arrive_warp(ring_barrier<S>(block, count, 1), at.lane());
   if (kGeneral && (of_B ? a.p.constant_B : a.p.constant_C)) return;
   const int64_t t = t0 + i * S::L + at.lane() % 4 * 4;
   if (t >= a.plan.padded_length) return;

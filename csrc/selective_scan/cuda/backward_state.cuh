@@ -77,7 +77,8 @@ __device__ __forceinline__ void multiply_tf32(float (&d)[4], const uint32_t (&v)
       : "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(low), "r"(high));
 }
 
-// Terms have 11 bits, which is enough for 16-bit results; kExact adds the next 11.
+// Terms have 11 bits, which is enough for 16-bit results; kExact adds the next 11. The product cuts
+// off what is beyond them. The first part is rounded, so that what is cut off has either sign.
 template <bool kExact>
 __device__ __forceinline__ void add_channels(float (&d)[4], float a, float b, float c, float e,
                                              float low_row, float high_row) {
@@ -90,7 +91,7 @@ __device__ __forceinline__ void add_channels(float (&d)[4], float a, float b, fl
     uint32_t rest[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      bits[k] &= 0xffffe000u;
+      bits[k] = (bits[k] + 0x1000u) & 0xffffe000u;
       rest[k] = __float_as_uint(v[k] - __uint_as_float(bits[k]));
     }
     multiply_tf32(d, rest, low, high);

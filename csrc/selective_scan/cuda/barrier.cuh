@@ -9,11 +9,24 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+// A warp arrives as one lane, after its others. compute-sanitizer's racecheck does not follow an
+// order that goes through __syncwarp, so a library that it shall check lets every lane arrive.
+#ifdef MAMBA_RACECHECK
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int warps) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(warps * kWarpArrivals)
+               : "memory");
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_warp(uint32_t barrier, int lane) {
+  __syncwarp();
+  if (lane < kWarpArrivals) barrier_arrive(barrier);
 }
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
   uint32_t done;
