@@ -1,16 +1,17 @@
-// The update of many rows of one head: the usual decode step of a batch. Four lanes share a channel
-// and keep its A in registers over several rows; a row's loads are under way together.
+// The update of many rows of one head: the usual decode step of a batch. Two lanes share a channel
+// and keep its A in registers over several rows, whose loads are under way together.
 #pragma once
 
 #include <type_traits>
 
+#include "../../common/cuda_math.cuh"
 #include "../../common/cuda_vector.cuh"
 #include "../params.h"
 
 namespace mamba {
 
-constexpr int kRowLanes = 4, kRowThreads = 128, kRowChannels = kRowThreads / kRowLanes;
-constexpr int kRowsAtOnce = 4, kRowsEach = 8;  // rows loaded together; rows of a block
+constexpr int kRowLanes = 2, kRowThreads = 128, kRowChannels = kRowThreads / kRowLanes;
+constexpr int kRowsAtOnce = 4;  // rows loaded together
 
 template <typename T>
 __host__ __device__ constexpr DType static_dtype() {
@@ -32,11 +33,32 @@ struct Bits {
         const uint4 v = reinterpret_cast<const uint4*>(from)[i];
         word[4 * i] = v.x, word[4 * i + 1] = v.y, word[4 * i + 2] = v.z, word[4 * i + 3] = v.w;
       }
-    } else if constexpr (kWords == 2) {
+    } else {
+      static_assert(kWords == 2, "at least four values of two bytes");
       const uint2 v = *reinterpret_cast<const uint2*>(from);
       word[0] = v.x, word[1] = v.y;
+    }
+  }
+  __device__ __forceinline__ void store(T* to) const {
+    if constexpr (kWords % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < kWords / 4; ++i) {
+        reinterpret_cast<uint4*>(to)[i] =
+            make_uint4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
+      }
     } else {
-      word[0] = *reinterpret_cast<const uint32_t*>(from);
+      static_assert(kWords == 2, "at least four values of two bytes");
+      *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[1]);
+    }
+  }
+  __device__ __forceinline__ void take(const float (&v)[kEach]) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        word[i] = __float_as_uint(v[i]);
+      } else {
+        word[i] = floats_to_halves(v[2 * i], v[2 * i + 1], std::is_same_v<T, __nv_bfloat16>);
+      }
     }
   }
   __device__ __forceinline__ void floats(float (&v)[kEach]) const {
@@ -52,16 +74,25 @@ struct Bits {
   }
 };
 
+template <int N>
+__device__ __forceinline__ void load_floats(float (&v)[N], const float* from) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    const float4 four = __ldg(reinterpret_cast<const float4*>(from) + i);
+    v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
+  }
+}
+
 template <typename TState, typename TInput, int kEach>
 __global__ void __launch_bounds__(kRowThreads)
-    state_rows_kernel(const __grid_constant__ StateUpdateParams p) {
+    state_rows_kernel(const __grid_constant__ StateUpdateParams p, int rows_each) {
   constexpr int kStates = kEach * kRowLanes;
   const int lane = threadIdx.x % kRowLanes;
   const int64_t wanted = int64_t{blockIdx.x} * kRowChannels + threadIdx.x / kRowLanes;
   const bool exists = wanted < p.head_dim;
   const int64_t channel = exists ? wanted : p.head_dim - 1;
   float A[kEach];
-  load_aligned<kEach>(A, p.A.data, DType::kFloat32, channel * kStates + lane * kEach);
+  load_floats(A, static_cast<const float*>(p.A.data) + channel * kStates + lane * kEach);
 #pragma unroll
   for (int j = 0; j < kEach; ++j) A[j] *= 1.44269504088896341f;
   const float D = p.D.data ? load_at(p.D, 0, channel) : 0.0f;
@@ -69,8 +100,8 @@ __global__ void __launch_bounds__(kRowThreads)
   const auto input = [&](const TensorArg& t, int64_t row) {
     return static_cast<const TInput*>(t.data)[row * t.stride[0] + channel * t.stride[2]];
   };
-  const int64_t end = min(p.batch, (int64_t{blockIdx.y} + 1) * kRowsEach);
-  for (int64_t base = int64_t{blockIdx.y} * kRowsEach; base < end; base += kRowsAtOnce) {
+  const int64_t first = int64_t{blockIdx.y} * rows_each, end = min(p.batch, first + rows_each);
+  for (int64_t base = first; base < end; base += kRowsAtOnce) {
     Bits<TState, kEach> state[kRowsAtOnce];
     Bits<TInput, kEach> B[kRowsAtOnce], C[kRowsAtOnce];
     TInput x[kRowsAtOnce], dt[kRowsAtOnce], z[kRowsAtOnce];
@@ -96,18 +127,18 @@ __global__ void __launch_bounds__(kRowThreads)
       float y = 0.0f;
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
-        h[j] = h[j] * exp2f(delta * A[j]) + delta * u * b[j];
+        h[j] = fmaf(h[j], fast_exp2(delta * A[j]), delta * u * b[j]);
         y = fmaf(h[j], c[j], y);
       }
       y += __shfl_xor_sync(0xffffffffu, y, 1);
-      y += __shfl_xor_sync(0xffffffffu, y, 2);
       if (!exists || base + r >= end) continue;
-      store_aligned<kEach>(h, place[r], static_dtype<TState>(), 0);
+      state[r].take(h);
+      state[r].store(place[r]);
       if (lane != 0) continue;
       y = fmaf(u, D, y);
       if (p.z.data) {
         const float gate = to_float(z[r]);
-        y *= gate / (1.0f + __expf(-gate));
+        y *= gate * fast_sigmoid(gate);
       }
       static_cast<TInput*>(p.out.data)[(base + r) * p.head_dim + channel] = from_float<TInput>(y);
     }
@@ -135,15 +166,20 @@ inline bool state_rows_fit(const StateUpdateParams& p) {
 
 template <typename TState, typename TInput>
 void launch_state_rows(const StateUpdateParams& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((p.head_dim + kRowChannels - 1) / kRowChannels),
-                  static_cast<unsigned>((p.batch + kRowsEach - 1) / kRowsEach));
+  // More rows of a block read A less often, where there are blocks enough.
+  constexpr int kManyBlocks = 1024;
+  const int64_t columns = (p.head_dim + kRowChannels - 1) / kRowChannels;
+  const int rows_each =
+      columns * p.batch >= kManyBlocks * 2 * kRowsAtOnce ? 2 * kRowsAtOnce : kRowsAtOnce;
+  const dim3 grid(static_cast<unsigned>(columns),
+                  static_cast<unsigned>((p.batch + rows_each - 1) / rows_each));
   switch (p.state_dim) {
     case 8:
-      return state_rows_kernel<TState, TInput, 2><<<grid, kRowThreads, 0, stream>>>(p);
+      return state_rows_kernel<TState, TInput, 4><<<grid, kRowThreads, 0, stream>>>(p, rows_each);
     case 16:
-      return state_rows_kernel<TState, TInput, 4><<<grid, kRowThreads, 0, stream>>>(p);
+      return state_rows_kernel<TState, TInput, 8><<<grid, kRowThreads, 0, stream>>>(p, rows_each);
     default:
-      return state_rows_kernel<TState, TInput, 8><<<grid, kRowThreads, 0, stream>>>(p);
+      return state_rows_kernel<TState, TInput, 16><<<grid, kRowThreads, 0, stream>>>(p, rows_each);
   }
 }
 

@@ -125,7 +125,7 @@ const char* state_update_cuda(const StateUpdateParams& p, void* stream_handle) {
                      p.state.stride[3] == 1 && p.A.stride[2] == 1 && p.B.stride[2] == 1 &&
                      p.C.stride[2] == 1;
   // Rows of the grid's second dimension are limited; so large a batch is no decode step.
-  if (state_rows_fit(p) && p.batch <= int64_t{kRowsEach} * 65535) {
+  if (state_rows_fit(p) && p.batch <= int64_t{kRowsAtOnce} * 65535) {
     switch (p.x.dtype) {
       case DType::kFloat16:
         launch_state_rows<__half>(p, stream);
