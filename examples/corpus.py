@@ -27,6 +27,7 @@ import numpy as np
 
 PAD_ID = 0
 EOS_ID = 1
+UNKNOWN_ID = 2
 BYTE_OFFSET = 3
 NUM_IDS = 256 + BYTE_OFFSET  # ids in use; ByT5 rounds its vocabulary up to 384
 HELD_OUT_FRACTION = 0.03

@@ -72,6 +72,9 @@ class Crops:
     A piece from the middle of a file is read from a zero state, as if nothing stood before it. With
     those alone a model takes every prompt for the middle of a file, so some pieces begin where a
     document does: at the end mark before it, or, as a prompt does, behind that mark.
+
+    Text that is read several times is learnt by heart. Hiding some of the bytes that the model
+    reads, not those that it predicts, delays that (word dropout, Iyyer et al. 2015).
     """
 
     def __init__(self, documents: Sequence[corpus.Document], args: Any) -> None:
@@ -94,6 +97,10 @@ class Crops:
         self.generator = torch.Generator().manual_seed(args.seed)
 
         self.starts = torch.zeros(self.batch_size, 1, dtype=torch.int64, device=args.device)
+        self.hidden_bytes = args.hidden_bytes
+        self.hidden = torch.zeros(
+            self.batch_size, args.seq_len, dtype=torch.bool, device=args.device
+        )
 
     def advance(self) -> None:
         """Draw the places of the next batch."""
@@ -105,10 +112,19 @@ class Crops:
             behind = torch.randint(2, (rows, 1), generator=self.generator)
             starts[:rows] = self.beginnings[which] + behind
         self.starts.copy_(starts)
+        if self.hidden_bytes:
+            draws = torch.rand(self.hidden.shape, generator=self.generator)
+            self.hidden.copy_(draws < self.hidden_bytes)
 
-    def batch(self) -> Tensor:
-        """The present batch of ids, (batch_size, seq_len) int64."""
-        return self.stream[self.starts + self.window].long()
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """What the model reads in the present step, and the text itself.
+
+        Both are ids, (batch_size, seq_len) int64, and the same if no bytes are hidden.
+        """
+        ids = self.stream[self.starts + self.window].long()
+        if not self.hidden_bytes:
+            return ids, ids
+        return torch.where(self.hidden & (ids != corpus.EOS_ID), corpus.UNKNOWN_ID, ids), ids
 
 
 class Trainer:
@@ -145,9 +161,9 @@ class Trainer:
 
     def _work(self) -> None:
         """What a step does on the device; it waits for nothing, so that a graph can hold it."""
-        input_ids = self.crops.batch()
+        input_ids, labels = self.crops.batch()
         with self.autocast():
-            loss = self.forward(input_ids, labels=input_ids).loss
+            loss = self.forward(input_ids, labels=labels).loss
         self.scaler.scale(loss).backward()
         if self.args.grad_clip > 0:
             self.scaler.unscale_(self.optimizer)

@@ -55,6 +55,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "--document-starts", type=float, default=0.0, metavar="FRACTION",
         help="of the pieces of a batch, begin where a document begins",
     )  # fmt: skip
+    group.add_argument(
+        "--hidden-bytes", type=float, default=0.0, metavar="FRACTION",
+        help="of the bytes that the model reads, are the unknown id; it still predicts them",
+    )  # fmt: skip
     group.add_argument("--lr", type=float, help="peak; reached after --warmup, then a cosine")
     group.add_argument("--min-lr-ratio", type=float, default=0.05, help="last lr / --lr")
     group.add_argument("--warmup", type=int, help="steps of linear warm-up")
@@ -114,6 +118,10 @@ def _first_problem(args: argparse.Namespace) -> str | None:
         (
             0 <= args.document_starts <= 1,
             f"--document-starts must be 0 to 1, got {args.document_starts}",
+        ),
+        (
+            0 <= args.hidden_bytes < 1,
+            f"--hidden-bytes must be 0 to below 1, got {args.hidden_bytes}",
         ),
         (args.warmup >= 0, f"--warmup must not be negative, got {args.warmup}"),
         (args.weight_decay >= 0, f"--weight-decay must not be negative, got {args.weight_decay}"),

@@ -260,7 +260,7 @@ class TestTraining:
             drawn = []
             for _ in range(20):
                 crops.advance()
-                assert crops.batch().shape == (8, crops.window.numel())
+                assert crops.batch()[0].shape == (8, crops.window.numel())
                 drawn.append(crops.starts.flatten().clone())
             return torch.stack(drawn)
 
@@ -272,6 +272,29 @@ class TestTraining:
         plain = starts()
         assert torch.equal(plain, starts("--document-starts", "0.0"))
         assert torch.equal(plain[0, 2:], some[0, 2:])  # the other pieces are drawn as before
+
+    def test_hidden_bytes_are_read_as_unknown_and_still_predicted(self, text):
+        options = [*TINY, "--text", str(text), "--out", "unused", "--batch-size", "8"]
+        documents = corpus.read_folder(text)
+
+        def batches(*more):
+            crops = train_lm.Crops(documents, train_options.parse_options("", [*options, *more]))
+            drawn = []
+            for _ in range(20):
+                crops.advance()
+                drawn.append(crops.batch())
+            return (torch.stack(part) for part in zip(*drawn, strict=True))
+
+        read, predicted = batches("--hidden-bytes", "0.2")
+        hidden = read == corpus.UNKNOWN_ID
+        assert torch.equal(read[~hidden], predicted[~hidden])
+        assert (predicted[hidden] != corpus.EOS_ID).all()
+        assert (predicted != corpus.UNKNOWN_ID).all()
+        assert 0.15 < hidden.float().mean() < 0.25
+        again, _ = batches("--hidden-bytes", "0.2")
+        assert torch.equal(read, again)
+        read, predicted = batches()
+        assert torch.equal(read, predicted)
 
     def test_learning_rate_schedule(self):
         args = train_options.parse_options("", [*TINY, "--out", "unused", "--min-lr-ratio", "0.1"])
@@ -412,6 +435,7 @@ class TestBadOptions:
             ("--min-lr-ratio 2", "--min-lr-ratio must be 0 to 1"),
             ("--warmup -1", "--warmup must not be negative"),
             ("--document-starts 1.5", "--document-starts must be 0 to 1, got 1.5"),
+            ("--hidden-bytes 1", "--hidden-bytes must be 0 to below 1, got 1"),
             ("--weight-decay -1", "--weight-decay must not be negative"),
             ("--grad-clip -1", "--grad-clip must not be negative"),
             ("--minutes 0", "--minutes must be above 0"),
