@@ -195,7 +195,7 @@ Tensor weight_gradient(const Tensor& dy, const Tensor& x, ScalarType dtype) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_bwd(
-    Tensor dy, Tensor conv, Tensor rows, Tensor xz, Tensor x_dbl, Tensor A, Tensor states,
+    Tensor d_rows, Tensor out_proj, Tensor conv, Tensor rows, Tensor xz, Tensor x_dbl, Tensor A, Tensor states,
     Tensor in_proj, Tensor conv_weight, OptionalTensor conv_bias, Tensor x_proj, Tensor dt_proj,
     OptionalTensor dt_bias, Tensor D, ScalarType hidden_dtype, ScalarType in_dtype,
     ScalarType x_dtype, ScalarType dt_dtype, int64_t wanted, int64_t chunk_size) {
@@ -205,7 +205,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   check_dim(op, "conv", conv, 3, "(batch, channels, length)");
   check_dim(op, "xz", xz, 2, "(rows, 2 channels)");
   const BlockSizes s{conv.size(0), conv.size(2), A.size(0), A.size(1), dt_proj.size(1)};
-  check_matrix(op, "dy", dy, s.b * s.length, s.d, xz);
+  check_matrix(op, "out_proj", out_proj, out_proj.size(0), s.d, xz);
+  check_matrix(op, "d_rows", d_rows, s.b * s.length, out_proj.size(0), xz);
   check_matrix(op, "xz", xz, s.b * s.length, 2 * s.d, xz);
   check_matrix(op, "x_dbl", x_dbl, s.b * s.length, s.rank + 2 * s.n, xz);
   check_matrix(op, "in_proj", in_proj, 2 * s.d, rows.size(1), xz);
@@ -214,6 +215,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const torch::stable::accelerator::DeviceGuard guard(xz.get_device_index());
   void* const stream = current_stream(xz);
   Tensor dxz = empty(xz, {s.b * s.length, 2 * s.d}, xz.scalar_type());
+  // The gradient of y lies where that of x will: the scan has read it before the convolution writes.
+  multiply_into(view(dxz, {s.b * s.length, s.d}, {2 * s.d, 1}), d_rows, out_proj);
   Tensor d_conv, dA, dD, d_dt_bias;
   Tensor d_hidden = absent(xz), d_in_proj = absent(xz), d_x_proj = absent(xz),
          d_dt_proj = absent(xz);
@@ -222,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     {
       const Tensor delta = multiply(s.low_rank(x_dbl), transposed(dt_proj));
       auto [du, ddelta_sequences, dA_, dB, dC, dD_, dz, dbias, dinitial] = scan_backward(
-          s.sequences(dy), std::nullopt, conv, s.sequences(delta), A, s.selected(x_dbl, s.rank),
+          s.sequences(dxz), std::nullopt, conv, s.sequences(delta), A, s.selected(x_dbl, s.rank),
           s.selected(x_dbl, s.rank + s.n), D, s.sequences(xz, s.d), dt_bias, true, std::nullopt,
           std::nullopt, s.b, chunk_size, states, s.sequences(dxz, s.d));
       d_conv = as_rows(du), dA = dA_, dD = dD_, d_dt_bias = dbias;

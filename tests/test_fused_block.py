@@ -73,17 +73,16 @@ def op_arguments(name: str, device: str, dtype: torch.dtype, full: bool, **sizes
                out_proj, dtype, 64)  # fmt: skip
     if name == "_mamba_block_fwd":
         return forward
-    _, rows, xz, x_dbl, A, y, states, _, *used = OPS._mamba_block_fwd.reference(*forward)
+    out, rows, xz, x_dbl, A, _, states, _, *used = OPS._mamba_block_fwd.reference(*forward)
     rows = rows if rows.dim() == 2 else hidden.flatten(0, 1)
     d, b = D.shape[0], hidden.shape[0]
     x = xz[:, :d].unflatten(0, (b, -1)).transpose(1, 2)
     conv = OPS._causal_conv1d_fwd.reference(x, conv_weight, conv_bias, None, None, b, True)[0]
-    w_in, w_x, w_dt = (
-        u if u.dim() == 2 else w for u, w in zip(used, (in_proj, x_proj, dt_proj), strict=False)
-    )
+    given = in_proj, x_proj, dt_proj, out_proj
+    w_in, w_x, w_dt, w_out = (u if u.dim() == 2 else w for u, w in zip(used, given, strict=True))
     return (
-        y, conv, rows, xz, x_dbl, A, states, w_in, conv_weight, conv_bias, w_x, w_dt, dt_bias, D,
-        wide, wide, dtype, wide, 15 if full else 5, 64,
+        out.flatten(0, 1), w_out, conv, rows, xz, x_dbl, A, states, w_in, conv_weight, conv_bias,
+        w_x, w_dt, dt_bias, D, wide, wide, dtype, wide, 15 if full else 5, 64,
     )  # fmt: skip
 
 

@@ -169,14 +169,15 @@ def _forward_in_one(ctx, t: BlockArgs, keep_states: bool) -> Tensor:
 
 def _backward_in_one(ctx, t: BlockArgs, wanted: BlockArgs, rest: list, d: dict) -> None:
     """Fills ``d`` with what is left after out_proj's gradients, in one call of the kernels."""
-    dy, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj = rest
+    d_rows, out_proj, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj = rest
     bits = wanted.hidden + 2 * wanted.in_proj + 4 * wanted.x_proj + 8 * wanted.dt_proj
     op = backend.resolve("_mamba_block_bwd", xz.device.type, xz.dtype)
     (
         d["hidden"], d["in_proj"], d["conv_weight"], d["conv_bias"], d["x_proj"], d["dt_proj"],
         d["dt_bias"], d["A_log"], d["D"],
     ) = op(
-        dy, conv, rows, xz, x_dbl, A, states, in_proj, t.conv_weight.flatten(1), t.conv_bias,
+        d_rows, out_proj, conv, rows, xz, x_dbl, A, states, in_proj, t.conv_weight.flatten(1),
+        t.conv_bias,
         x_proj, dt_proj, t.dt_bias, t.D, t.hidden.dtype, gradient_dtype(t.in_proj, xz.dtype),
         gradient_dtype(t.x_proj, xz.dtype), gradient_dtype(t.dt_proj, xz.dtype), bits,
         ctx.chunk_size,
@@ -211,11 +212,8 @@ def _backward(ctx, saved: list[Tensor | None], dout: Tensor) -> list[Tensor | No
         d["out_proj"] = _weight_gradient(d_rows, y, t.out_proj)
     if wanted.out_bias:
         d["out_bias"] = d_rows.sum(dim=0, dtype=accumulate_dtype(dout))
-    del y
-    dy = torch.mm(d_rows, out_proj)
-    del out_proj, d_rows
-    rest = [dy, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj]
-    del dy, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj
+    rest = [d_rows, out_proj, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj]
+    del y, d_rows, out_proj, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj
     (_backward_in_one if ctx.in_one else _backward_by_op)(ctx, t, wanted, rest, d)
     return [
         _matching(grad, like) if want else None
@@ -226,10 +224,11 @@ def _backward(ctx, saved: list[Tensor | None], dout: Tensor) -> list[Tensor | No
 def _backward_by_op(ctx, t: BlockArgs, wanted: BlockArgs, rest: list, d: dict) -> None:
     """What :func:`_backward_in_one` does, op by op. ``rest`` is emptied as ``saved`` is."""
     s = ctx.sizes
-    dy, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj = rest
+    d_rows, out_proj, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj = rest
     rest.clear()
     x, conv_weight = s.sequences(xz), t.conv_weight.flatten(1)
-    dy = s.sequences(dy)
+    dy = s.sequences(torch.mm(d_rows, out_proj))
+    del d_rows, out_proj
     acc = accumulate_dtype(xz)
     small = A, no_wider_than(_wide(t.D), acc), no_wider_than(_wide(t.dt_bias), acc)
     op = backend.resolve("_selective_scan_bwd", xz.device.type, xz.dtype)

@@ -197,8 +197,8 @@ def _block_fwd_fake(
 
 
 def _block_bwd_fake(
-    dy, conv, rows, xz, x_dbl, A, states, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias,
-    D, hidden_dtype, in_dtype, x_dtype, dt_dtype, wanted, chunk_size,
+    d_rows, out_proj, conv, rows, xz, x_dbl, A, states, in_proj, conv_weight, conv_bias, x_proj,
+    dt_proj, dt_bias, D, hidden_dtype, in_dtype, x_dtype, dt_dtype, wanted, chunk_size,
 ):  # fmt: skip
     wide = torch.promote_types(xz.dtype, torch.float32)
 
@@ -336,13 +336,14 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         "_mamba_block_bwd",
-        "(Tensor dy, Tensor conv, Tensor rows, Tensor xz, Tensor x_dbl, Tensor A, Tensor states, "
+        "(Tensor d_rows, Tensor out_proj, Tensor conv, Tensor rows, Tensor xz, Tensor x_dbl, "
+        "Tensor A, Tensor states, "
         "Tensor in_proj, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, "
         "Tensor? dt_bias, Tensor D, ScalarType hidden_dtype, ScalarType in_dtype, "
         "ScalarType x_dtype, ScalarType dt_dtype, int wanted, SymInt chunk_size) -> "
         "(Tensor d_hidden, Tensor d_in, Tensor d_conv_weight, Tensor d_conv_bias, Tensor d_x, "
         "Tensor d_dt, Tensor d_dt_bias, Tensor dA_log, Tensor dD)",
-        "gradients of _mamba_block_fwd from that of y (b l,d) on, given conv (b,d,l) again; those "
+        "gradients of _mamba_block_fwd from d_rows, that of out's rows, and conv (b,d,l); those "
         "of hidden's rows, in_proj, x_proj, dt_proj where bits 1, 2, 4, 8 of wanted are set, in "
         "fp32 where their dtype is",
         _ref_block.mamba_block_bwd,

@@ -67,7 +67,8 @@ def mamba_block_fwd(
 
 
 def mamba_block_bwd(
-    dy: Tensor,
+    d_rows: Tensor,
+    out_proj: Tensor,
     conv: Tensor,
     rows: Tensor,
     xz: Tensor,
@@ -100,7 +101,7 @@ def mamba_block_bwd(
     delta = _sequences(x_dbl[:, :rank] @ dt_proj.t(), b)
     inputs = _scan_inputs(conv, delta, xz, x_dbl, A, D, dt_bias, chunk_size)
     du, ddelta, dA, dB, dC, dD, dz, d_dt_bias, _ = selective_scan_bwd(
-        _sequences(dy, b), None, *inputs, states
+        _sequences(d_rows @ out_proj, b), None, *inputs, states
     )
     ddelta = _rows(ddelta)
     dx_dbl = torch.cat([ddelta @ dt_proj, _rows(dB.squeeze(1)), _rows(dC.squeeze(1))], dim=1)
