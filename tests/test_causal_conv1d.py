@@ -62,6 +62,9 @@ ROWS = (
     + [{"b": b} for b in (0, 1, 3)]
     + [{"dtype": dtype} for dtype in (torch.float16, torch.bfloat16, torch.float64)]
     + [{"dtype": torch.bfloat16, "weight_dtype": torch.bfloat16, "l": 127}]
+    # Gradients of the weights are sums over so many steps.
+    + [{"l": 2048}, {"l": 4616, "w": 3, "dtype": torch.bfloat16}, {"l": 65_544, "d": 2, "w": 2}]
+    + [{"l": 65_544, "d": 2, "dtype": torch.bfloat16}]
     + [{"bias": False}, {"states": False}, {"bias": False, "states": False, "w": 3}]
 )
 

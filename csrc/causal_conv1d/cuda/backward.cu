@@ -175,8 +175,9 @@ void backward_fast(const CudaConvParams& c, Path path, cudaStream_t stream) {
                                Tile::kAtOnce>
           <<<channels_blocks<Tile>(p), kChannelsThreads, 0, stream>>>(c);
     } else {
-      backward_steps_kernel<width.value, T, silu.value>
-          <<<conv_blocks(p.batch * p.channels * 32), kConvThreads, 0, stream>>>(c);
+      const dim3 grid(conv_blocks(p.batch * p.channels * 32),
+                      static_cast<unsigned>(segments_of(p)));
+      backward_steps_kernel<width.value, T, silu.value><<<grid, kConvThreads, 0, stream>>>(c);
     }
   });
 }
@@ -188,7 +189,7 @@ bool conv_needs_gradient_cuda(const CudaConvParams& c) { return path_of(c) == Pa
 int64_t conv_groups_cuda(const CudaConvParams& c) {
   const ConvParams& p = c.p;
   const Path path = path_of(c);
-  if (path == Path::kSteps) return p.batch;
+  if (path == Path::kSteps) return p.batch * segments_of(p);
   if (path == Path::kGeneral) return p.batch * ((p.length + kGeneralSteps - 1) / kGeneralSteps);
   return p.batch * (p.x.dtype == DType::kFloat32 ? channels_groups<BackwardTile<float>>(p)
                                                  : channels_groups<BackwardTile<__half>>(p));

@@ -94,8 +94,18 @@ __global__ void __launch_bounds__(kConvThreads)
                  start, p.length);
 }
 
-// A warp: one channel of one row, 256 steps at a time from the last to the first; the next ones'
-// loads are out while it works on some.
+// The steps of a segment, so many that a grid's y holds all segments.
+__host__ __device__ __forceinline__ int64_t segment_steps(int64_t length) {
+  constexpr int64_t kUsual = 4096, kMost = 65535;
+  return length <= kUsual * kMost ? kUsual : (length / kMost + kUsual) / kUsual * kUsual;
+}
+inline int64_t segments_of(const ConvParams& p) {
+  return (p.length + segment_steps(p.length) - 1) / segment_steps(p.length);
+}
+
+// A warp: a segment of one channel of one row, 256 steps at a time from the last to the first; the
+// next ones' loads are out while it works on some. Segments are added up in fp64: one fp32 sum of a
+// long row would lose digits.
 template <int W, typename T, bool kSilu>
 __global__ void __launch_bounds__(kConvThreads, 5)
     backward_steps_kernel(const __grid_constant__ CudaConvParams c) {
@@ -106,6 +116,8 @@ __global__ void __launch_bounds__(kConvThreads, 5)
   if (i >= p.batch * p.channels) return;
   const int lane = threadIdx.x % 32;
   const int64_t row = i / p.channels, channel = i % p.channels;
+  const int64_t begin = blockIdx.y * segment_steps(p.length);
+  const int64_t end = min(begin + segment_steps(p.length), p.length);
   const T* const x =
       static_cast<const T*>(p.x.data) + row * p.x.stride[0] + channel * p.x.stride[1];
   const T* const dout =
@@ -115,15 +127,27 @@ __global__ void __launch_bounds__(kConvThreads, 5)
   load_strided<W>(weight, p.weight.data, p.weight.dtype, channel * p.weight.stride[0],
                   p.weight.stride[1]);
   const float bias = conv_bias(p, channel);
-  const int64_t first = (p.length - 1) / kStretch * kStretch + lane * kVector;
+  if (end < p.length) {  // the gradients of the next segment's first sums, a lane each
+    const int64_t t = min(end + min(lane, W - 2), p.length - 1);
+    float g = end + lane < p.length ? to_float(dout[t]) : 0.0f;
+    if constexpr (kSilu) {
+      float sum = bias;
+#pragma unroll
+      for (int j = W - 1; j >= 0; --j) sum = fmaf(weight[j], to_float(x[t - (W - 1) + j]), sum);
+      g *= conv_dsilu(sum);
+    }
+#pragma unroll
+    for (int k = 0; k + 1 < W; ++k) later[k] = __shfl_sync(kAll, g, k);
+  }
+  const int64_t first = (end - 1) / kStretch * kStretch + lane * kVector;
   auto next_x = load_steps<T>(x, first, p.length), next_dout = load_steps<T>(dout, first, p.length);
-  for (int64_t start = first; start >= 0; start -= kStretch) {
+  for (int64_t start = first; start >= begin; start -= kStretch) {
     float window[W - 1 + kVector], g[kVector + W - 1];
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
       window[W - 1 + k] = to_float(next_x.v[k]), g[k] = to_float(next_dout.v[k]);
     }
-    if (start >= kStretch) {
+    if (start >= begin + kStretch) {
       next_x = load_steps<T>(x, start - kStretch, p.length);
       next_dout = load_steps<T>(dout, start - kStretch, p.length);
     }
@@ -170,7 +194,7 @@ __global__ void __launch_bounds__(kConvThreads, 5)
     dbias += __shfl_xor_sync(kAll, dbias, o);
   }
   if (lane != 0) return;
-  float* const share = c.partial + row * p.channels * (W + 1);
+  float* const share = c.partial + (row * gridDim.y + blockIdx.y) * p.channels * (W + 1);
 #pragma unroll
   for (int k = 0; k < W; ++k) share[channel * W + k] = dweight[k];
   share[p.channels * W + channel] = dbias;
