@@ -195,9 +195,9 @@ Tensor weight_gradient(const Tensor& dy, const Tensor& x, ScalarType dtype) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_bwd(
-    Tensor d_rows, Tensor out_proj, Tensor conv, Tensor rows, Tensor xz, Tensor x_dbl, Tensor A, Tensor states,
-    Tensor in_proj, Tensor conv_weight, OptionalTensor conv_bias, Tensor x_proj, Tensor dt_proj,
-    OptionalTensor dt_bias, Tensor D, ScalarType hidden_dtype, ScalarType in_dtype,
+    Tensor d_rows, Tensor out_proj, Tensor conv, Tensor rows, Tensor xz, Tensor x_dbl, Tensor A,
+    Tensor states, Tensor in_proj, Tensor conv_weight, OptionalTensor conv_bias, Tensor x_proj,
+    Tensor dt_proj, OptionalTensor dt_bias, Tensor D, ScalarType hidden_dtype, ScalarType in_dtype,
     ScalarType x_dtype, ScalarType dt_dtype, int64_t wanted, int64_t chunk_size) {
   const char* op = "_mamba_block_bwd";
   const bool wants_hidden = wanted & 1, wants_in = wanted & 2, wants_x = wanted & 4,
@@ -215,7 +215,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const torch::stable::accelerator::DeviceGuard guard(xz.get_device_index());
   void* const stream = current_stream(xz);
   Tensor dxz = empty(xz, {s.b * s.length, 2 * s.d}, xz.scalar_type());
-  // The gradient of y lies where that of x will: the scan has read it before the convolution writes.
+  // The gradient of y lies where that of x will: the scan has read it before the convolution
+  // writes.
   multiply_into(view(dxz, {s.b * s.length, s.d}, {2 * s.d, 1}), d_rows, out_proj);
   Tensor d_conv, dA, dD, d_dt_bias;
   Tensor d_hidden = absent(xz), d_in_proj = absent(xz), d_x_proj = absent(xz),
@@ -223,13 +224,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   {
     Tensor dx_dbl = empty(xz, {s.b * s.length, s.rank + 2 * s.n}, xz.scalar_type());
     {
-      const Tensor delta = multiply(s.low_rank(x_dbl), transposed(dt_proj));
-      auto [du, ddelta_sequences, dA_, dB, dC, dD_, dz, dbias, dinitial] = scan_backward(
-          s.sequences(dxz), std::nullopt, conv, s.sequences(delta), A, s.selected(x_dbl, s.rank),
+      // In one memory: delta, then its gradient.
+      const Tensor ddelta = multiply(s.low_rank(x_dbl), transposed(dt_proj));
+      auto [du, ddelta_, dA_, dB, dC, dD_, dz, dbias, dinitial] = scan_backward(
+          s.sequences(dxz), std::nullopt, conv, s.sequences(ddelta), A, s.selected(x_dbl, s.rank),
           s.selected(x_dbl, s.rank + s.n), D, s.sequences(xz, s.d), dt_bias, true, std::nullopt,
-          std::nullopt, s.b, chunk_size, states, s.sequences(dxz, s.d));
+          std::nullopt, s.b, chunk_size, states, s.sequences(dxz, s.d), true);
       d_conv = as_rows(du), dA = dA_, dD = dD_, d_dt_bias = dbias;
-      const Tensor ddelta = s.rows(as_rows(ddelta_sequences));
       if (wants_dt) d_dt_proj = weight_gradient(ddelta, s.low_rank(x_dbl), dt_dtype);
       multiply_into(s.low_rank(dx_dbl), ddelta, dt_proj);
       BlockColumns c;

@@ -18,12 +18,13 @@ ThreeTensors selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tens
                                 bool delta_softplus, OptionalTensor initial_state,
                                 OptionalTensor seq_idx, int64_t num_states, int64_t chunk_size);
 
-// dz_into: (b, d, l) of any strides for dz.
+// dz_into: (b, d, l) of any strides for dz. ddelta_in_place: delta is overwritten by its gradient.
 NineTensors scan_backward(Tensor dout, OptionalTensor dfinal_state, Tensor u, Tensor delta,
                           Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
                           OptionalTensor delta_bias, bool delta_softplus,
                           OptionalTensor initial_state, OptionalTensor seq_idx, int64_t num_states,
-                          int64_t chunk_size, Tensor chunk_states, OptionalTensor dz_into);
+                          int64_t chunk_size, Tensor chunk_states, OptionalTensor dz_into,
+                          bool ddelta_in_place);
 
 // The convolution with SiLU of one sequence a batch row, without its final states.
 Tensor block_conv_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);

@@ -136,7 +136,8 @@ NineTensors scan_backward(Tensor dout, OptionalTensor dfinal_state, Tensor u, Te
                           Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
                           OptionalTensor delta_bias, bool delta_softplus,
                           OptionalTensor initial_state, OptionalTensor seq_idx, int64_t num_states,
-                          int64_t chunk_size, Tensor chunk_states, OptionalTensor dz_into) {
+                          int64_t chunk_size, Tensor chunk_states, OptionalTensor dz_into,
+                          bool ddelta_in_place) {
   ScanCall call = scan_call("_selective_scan_bwd", u, delta, A, B, C, D, z, delta_bias,
                             delta_softplus, initial_state, seq_idx, num_states, chunk_size);
   check_limits(call);
@@ -155,7 +156,9 @@ NineTensors scan_backward(Tensor dout, OptionalTensor dfinal_state, Tensor u, Te
     recompute_chunk_states(call, device.events, u, memory, stream);
   }
 
-  Tensor du = empty_like_layout(u), ddelta = empty_like_layout(delta);
+  Tensor du = empty_like_layout(u);
+  // A block has read the steps of its channels before it writes them.
+  Tensor ddelta = ddelta_in_place ? delta : empty_like_layout(delta);
   Tensor dz = dz_into.has_value() ? *dz_into
               : z.has_value()     ? empty_like_layout(*z)
                                   : memory.absent();
@@ -214,7 +217,8 @@ NineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Tensor 
                                OptionalTensor initial_state, OptionalTensor seq_idx,
                                int64_t num_states, int64_t chunk_size, Tensor chunk_states) {
   return scan_backward(dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus,
-                       initial_state, seq_idx, num_states, chunk_size, chunk_states, std::nullopt);
+                       initial_state, seq_idx, num_states, chunk_size, chunk_states, std::nullopt,
+                       false);
 }
 
 }  // namespace
