@@ -26,7 +26,18 @@ pytestmark = pytest.mark.skipif(
     not NATIVE, reason=f"no compiled CPU kernels: {native.status()['cpu'][1]}"
 )
 ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "avx512_amx"]
-ROWS = ["base", "n=17", "d=67", "groups", "constant B, C", "channel last", "holes", "bf16", "fp16"]
+ROWS = [
+    "base",
+    "n=17",
+    "d=67",
+    "many channels",
+    "groups",
+    "constant B, C",
+    "channel last",
+    "holes",
+    "bf16",
+    "fp16",
+]
 
 
 @pytest.fixture(params=ISAS)

@@ -60,6 +60,43 @@ def test_backward_needs_an_eighth_of_the_states_at_most(n):
     assert extra <= states / 8, f"{extra / 1e6:.1f} MB beside {states / 1e6:.1f} MB of states"
 
 
+@pytest.mark.parametrize("channels_inside", [False, True])
+def test_results_written_around_the_caches_are_those_written_through_them(
+    channels_inside, two_threads
+):
+    """Results of 8 MiB and more, whose rows are whole lines, against their halves."""
+    g = torch.Generator().manual_seed(0)
+    b, d, l, n = 1, 80, 26_624, 2
+
+    def draw(c):
+        shape = (b, l, c) if channels_inside else (b, c, l)
+        x = torch.randn(shape, generator=g)
+        return x.transpose(1, 2) if channels_inside else x
+
+    A, D = -torch.rand(d, n, generator=g), torch.randn(d, generator=g)
+    inputs = [draw(d).requires_grad_() for _ in range(3)]
+    B, C, dout = draw(n), draw(n), draw(d)
+    assert dout.numel() * 4 >= 8 << 20
+
+    def run(part, state):
+        u, delta, z = (x[..., part] for x in inputs)
+        return selective_scan_fn(
+            u, delta, A, B[..., part], C[..., part], D, z, delta_softplus=True,
+            initial_state=state, return_last_state=True,
+        )  # fmt: skip
+
+    whole, _ = run(slice(None), None)
+    first, state = run(slice(0, l // 2), None)
+    halves = torch.cat([first, run(slice(l // 2, l), state)[0]], -1)
+    assert torch.equal(whole, halves)
+    for x, y in zip(
+        torch.autograd.grad(whole, inputs, dout),
+        torch.autograd.grad(halves, inputs, dout),
+        strict=True,
+    ):
+        assert torch.equal(x, y)
+
+
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()

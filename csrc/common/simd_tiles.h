@@ -3,6 +3,7 @@
 // through a transpose in registers.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "simd.h"
@@ -59,13 +60,13 @@ MAMBA_INLINE Vec sum_each(Vec* r) {
   return r[0];
 }
 
-// tile[t][lane] for t < steps; lanes past `count` become 0.
+// tile[t][lane] for t < steps, `pitch` floats from step to step; lanes past `count` become 0.
 template <class E>
 MAMBA_INLINE void read_tile_as(const typename E::T* p, int64_t stride_c, int64_t stride_t,
-                               int count, int steps, float* tile) {
+                               int count, int steps, float* tile, int64_t pitch = kLanes) {
   if (stride_c == 1) {
     for (int t = 0; t < steps; ++t, p += stride_t) {
-      store(tile + t * kLanes, count == kLanes ? E::read(p) : read_some<E>(p, count));
+      store(tile + t * pitch, count == kLanes ? E::read(p) : read_some<E>(p, count));
     }
     return;
   }
@@ -79,24 +80,53 @@ MAMBA_INLINE void read_tile_as(const typename E::T* p, int64_t stride_c, int64_t
         for (int c = 0; c < kLanes; ++c) r[c] = c < count ? E::read(p + c * stride_c + t) : Vec{};
       }
       transpose(r);
-      for (int i = 0; i < kLanes; ++i) store(tile + (t + i) * kLanes, r[i]);
+      for (int i = 0; i < kLanes; ++i) store(tile + (t + i) * pitch, r[i]);
     }
   }
   for (; t < steps; ++t) {
     typename E::T row[kLanes] = {};
     for (int c = 0; c < count; ++c) row[c] = p[c * stride_c + t * stride_t];
-    store(tile + t * kLanes, E::read(row));
+    store(tile + t * pitch, E::read(row));
   }
 }
 
+// A store around the caches writes a whole line of 64 bytes, which is then not read first.
+#if defined(__AVX512F__)
+constexpr bool kCanStream = true;
+#else
+constexpr bool kCanStream = false;
+#endif
+
+template <class E>
+MAMBA_INLINE void write_line(typename E::T* p, Vec v, bool stream) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<E, F32>) {
+    if (stream && reinterpret_cast<uintptr_t>(p) % 64 == 0) {
+      return _mm512_stream_ps(p, (__m512)v);
+    }
+  }
+#endif
+  (void)stream;
+  E::write(p, v);
+}
+
+// What was stored around the caches is visible to whoever is told that this thread is done.
+MAMBA_INLINE void end_of_stream() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
+// The reverse; with `stream`, whole lines of fp32 go around the caches.
 template <class E>
 MAMBA_INLINE void write_tile_as(typename E::T* p, int64_t stride_c, int64_t stride_t, int count,
-                                int steps, const float* tile) {
+                                int steps, const float* tile, int64_t pitch = kLanes,
+                                bool stream = false) {
   if (stride_c == 1) {
     for (int t = 0; t < steps; ++t, p += stride_t) {
-      const Vec v = load(tile + t * kLanes);
+      const Vec v = load(tile + t * pitch);
       if (count == kLanes) {
-        E::write(p, v);
+        write_line<E>(p, v, stream);
       } else {
         write_some<E>(p, v, count);
       }
@@ -107,34 +137,35 @@ MAMBA_INLINE void write_tile_as(typename E::T* p, int64_t stride_c, int64_t stri
   if (stride_t == 1) {
     for (; t + kLanes <= steps; t += kLanes) {
       Vec r[kLanes];
-      for (int i = 0; i < kLanes; ++i) r[i] = load(tile + (t + i) * kLanes);
+      for (int i = 0; i < kLanes; ++i) r[i] = load(tile + (t + i) * pitch);
       transpose(r);
-      for (int c = 0; c < count; ++c) E::write(p + c * stride_c + t, r[c]);
+      for (int c = 0; c < count; ++c) write_line<E>(p + c * stride_c + t, r[c], stream);
     }
   }
   for (; t < steps; ++t) {
     typename E::T row[kLanes];
-    E::write(row, load(tile + t * kLanes));
+    E::write(row, load(tile + t * pitch));
     for (int c = 0; c < count; ++c) p[c * stride_c + t * stride_t] = row[c];
   }
 }
 
 // The same on a tensor whose dtype is known at run time; `offset` counts elements.
 inline void read_tile(const TensorArg& x, int64_t offset, int64_t stride_c, int64_t stride_t,
-                      int count, int steps, float* tile) {
+                      int count, int steps, float* tile, int64_t pitch = kLanes) {
   with_dtype(x.dtype, [&](auto e) {
     using E = decltype(e);
     read_tile_as<E>(static_cast<const typename E::T*>(x.data) + offset, stride_c, stride_t, count,
-                    steps, tile);
+                    steps, tile, pitch);
   });
 }
 
 inline void write_tile(const TensorArg& x, int64_t offset, int64_t stride_c, int64_t stride_t,
-                       int count, int steps, const float* tile) {
+                       int count, int steps, const float* tile, int64_t pitch = kLanes,
+                       bool stream = false) {
   with_dtype(x.dtype, [&](auto e) {
     using E = decltype(e);
     write_tile_as<E>(static_cast<typename E::T*>(x.data) + offset, stride_c, stride_t, count, steps,
-                     tile);
+                     tile, pitch, stream);
   });
 }
 

@@ -88,6 +88,10 @@ class Walk {
         B_(p, unit, p.B, p.constant_B, kTile),
         C_(p, unit, p.C, p.constant_C, kTile) {
     stage_A(p, unit, kLog2e, A_.get());
+    for_each_block([&](int b, const Block& block) {
+      store(D_ + b * kLanes, stage_row(p_.D, block.channel, block.count));
+      store(bias_ + b * kLanes, stage_row(p_.delta_bias, block.channel, block.count));
+    });
     if (p.initial_state && !before_) {
       for_each_block([&](int b, const Block& block) {
         read_states(state_at(p_.initial_state, unit_.row, block), p_.state_dim, block.count,
@@ -98,9 +102,7 @@ class Walk {
 
   void run() {
     for (int64_t t = 0; t < p_.length;) {
-      if (t % p_.chunk_size == 0) keep_chunk_states(t / p_.chunk_size);
-      const int64_t chunk_end = (t / p_.chunk_size + 1) * p_.chunk_size;
-      const int64_t end = std::min({t + kTile, chunk_end, p_.length});
+      const int64_t end = std::min<int64_t>(t + kTile, p_.length);
       B_.stage(t, end - t, before_);
       C_.stage(t, end - t, before_);
       for_each_block([&](int b, const Block& block) { tile(b, block, t, end - t); });
@@ -128,13 +130,6 @@ class Walk {
     return states + (index * p_.channels + block.channel) * p_.state_dim;
   }
 
-  void keep_chunk_states(int64_t chunk) {
-    for_each_block([&](int b, const Block& block) {
-      write_states(state(b), p_.state_dim, block.count,
-                   state_at(p_.chunk_states, unit_.row * p_.chunks + chunk, block));
-    });
-  }
-
   void restart(int64_t t, const Block& block, float* h) {
     if (!restarts(before_, t)) return;
     if (before_[t] == ScanEvents::kFreshStart) {
@@ -155,6 +150,7 @@ class Walk {
     if (steps <= 0) return;
     int slot = 0;
     for (const TensorArg* x : {&p_.u, &p_.delta, &p_.z, &p_.out}) {
+      if (x == &p_.out && streams(p_, *x)) continue;
       ahead_.add(slot++, *x, offset(*x, block, t), x->stride[1], x->stride[2], block.count, steps);
     }
   }
@@ -167,9 +163,9 @@ class Walk {
     read_tile(p_.delta, offset(p_.delta, block, t0), p_.delta.stride[1], p_.delta.stride[2], count,
               n_steps, delta_u_);
     clear_padding(before, steps, u_);
-    const Vec bias = stage_row(p_.delta_bias, block.channel, count);
+    const Vec bias = load(bias_ + b * kLanes);
     finish_delta(p_, bias, before, steps, delta_u_, delta_);
-    const Vec D = stage_row(p_.D, block.channel, count);
+    const Vec D = load(D_ + b * kLanes);
     for (int64_t t = 0; t < steps; ++t) {
       const Vec u = load(u_ + t * kLanes);
       store(delta_u_ + t * kLanes, load(delta_ + t * kLanes) * u);
@@ -184,8 +180,14 @@ class Walk {
                    &ahead_};
     look_ahead(block, t0);
     for (int64_t t = 0; t < steps;) {
+      const int64_t chunk = (t0 + t) / p_.chunk_size;
+      if ((t0 + t) % p_.chunk_size == 0) {
+        write_states(state(b), p_.state_dim, count,
+                     state_at(p_.chunk_states, unit_.row * p_.chunks + chunk, block));
+      }
       restart(t0 + t, block, state(b));
-      const int64_t end = stretch_end(before_, after_, t0 + t, t0 + steps) - t0;
+      const int64_t chunk_end = std::min(t0 + steps, (chunk + 1) * p_.chunk_size);
+      const int64_t end = stretch_end(before_, after_, t0 + t, chunk_end) - t0;
       advance_any(p_, in, A_.get() + b * p_.state_dim * kLanes, state(b), t, end);
       if (after_ && after_[t0 + end - 1] >= 0) {
         write_states(state(b), p_.state_dim, count,
@@ -208,7 +210,7 @@ class Walk {
     }
     clear_padding(before, steps, y_);
     write_tile(p_.out, offset(p_.out, block, t0), p_.out.stride[1], p_.out.stride[2], block.count,
-               n_steps, y_);
+               n_steps, y_, kLanes, streams(p_, p_.out));
   }
 
   const ScanParams& p_;
@@ -219,12 +221,14 @@ class Walk {
   Ahead ahead_;
   alignas(64) float u_[kTile * kLanes], delta_[kTile * kLanes], delta_u_[kTile * kLanes],
       y_[kTile * kLanes];
+  alignas(64) float D_[kSliceChannels], bias_[kSliceChannels];
 };
 
 }  // namespace
 
 void scan_forward(const ScanParams& p, const ScanEvents& events, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) Walk(p, events, scan_unit(p, i)).run();
+  end_of_stream();
 }
 
 }  // namespace MAMBA_ISA

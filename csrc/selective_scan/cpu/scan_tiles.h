@@ -66,6 +66,18 @@ class Ahead {
   const char* lines_[kTensors * kTile];
 };
 
+// Whether tiles of a result go to memory around the caches, which saves reading the lines first:
+// the tensor is too large to be found in them by whoever reads it next, and tiles are whole lines
+// of it.
+inline bool streams(const ScanParams& p, const TensorArg& x) {
+  constexpr int64_t kLarge = int64_t{8} << 20;
+  if (!kCanStream || !x.data || x.dtype != DType::kFloat32) return false;
+  if (p.batch * p.channels * p.length * 4 < kLarge) return false;
+  const int64_t across = x.stride[2] == 1 ? x.stride[1] : x.stride[2];
+  const bool whole = x.stride[1] == 1 || x.stride[2] == 1;
+  return whole && (reinterpret_cast<uintptr_t>(x.data) | x.stride[0] * 4 | across * 4) % 64 == 0;
+}
+
 // B or C of one unit. Variable: value(t) is n numbers for step t of the tile, shared by all
 // channels. Constant: value is n vectors of kLanes for each block of channels.
 class ProjectionTile {
@@ -155,40 +167,35 @@ inline Vec stage_row(const TensorArg& x, int64_t channel, int count) {
   return load(lanes);
 }
 
-// A block's states, n vectors, from and to a contiguous (d, n) matrix at the block's first channel.
-inline void read_states(const float* from, int64_t n, int count, float* to) {
-  for (int c = 0; c < count; ++c) {
-    for (int64_t s = 0; s < n; ++s) to[s * kLanes + c] = from[c * n + s];
-  }
+// A block's states, n vectors `pitch` floats apart, from and to a contiguous (d, n) matrix at the
+// block's first channel.
+inline void read_states(const float* from, int64_t n, int count, float* to,
+                        int64_t pitch = kLanes) {
+  read_tile_as<F32>(from, n, 1, count, static_cast<int>(n), to, pitch);
 }
-inline void write_states(const float* from, int64_t n, int count, float* to) {
-  for (int c = 0; c < count; ++c) {
-    for (int64_t s = 0; s < n; ++s) to[c * n + s] = from[s * kLanes + c];
-  }
-}
-inline void add_states(const float* from, int64_t n, int count, float* to) {
-  for (int c = 0; c < count; ++c) {
-    for (int64_t s = 0; s < n; ++s) to[c * n + s] += from[s * kLanes + c];
-  }
+inline void write_states(const float* from, int64_t n, int count, float* to,
+                         int64_t pitch = kLanes) {
+  write_tile_as<F32>(to, n, 1, count, static_cast<int>(n), from, pitch);
 }
 
 // raw <- delta + bias; delta <- softplus of it if asked; 0 at padding.
 inline void finish_delta(const ScanParams& p, Vec bias, const int32_t* before, int64_t steps,
-                         float* raw, float* delta) {
+                         float* raw, float* delta, int64_t pitch = kLanes) {
   for (int64_t t = 0; t < steps; ++t) {
-    const Vec x = load(raw + t * kLanes) + bias;
+    const Vec x = load(raw + t * pitch) + bias;
     const bool padding = before && before[t] == ScanEvents::kPadding;
-    store(raw + t * kLanes, padding ? Vec{} : x);
+    store(raw + t * pitch, padding ? Vec{} : x);
     const Vec value = p.delta_softplus ? softplus(x) : x;
-    store(delta + t * kLanes, padding ? Vec{} : value);
+    store(delta + t * pitch, padding ? Vec{} : value);
   }
 }
 
 // Zeros the padded steps of a tile.
-inline void clear_padding(const int32_t* before, int64_t steps, float* tile) {
+inline void clear_padding(const int32_t* before, int64_t steps, float* tile,
+                          int64_t pitch = kLanes) {
   if (!before) return;
   for (int64_t t = 0; t < steps; ++t) {
-    if (before[t] == ScanEvents::kPadding) store(tile + t * kLanes, Vec{});
+    if (before[t] == ScanEvents::kPadding) store(tile + t * pitch, Vec{});
   }
 }
 
