@@ -20,7 +20,7 @@ struct Tile {
 };
 
 Tile next_tile(const DecodeParams& p, int64_t first) {
-  const int64_t width = next_tile_rows(p.layer[0].in_x.kind, p.batch - first);
+  const int64_t width = next_tile_rows(p.batch - first);
   return {first, std::min(width, p.batch - first), width};
 }
 
@@ -190,6 +190,13 @@ struct Range {
   int64_t begin, end;
 };
 
+// Asks for `bytes` of memory that this thread will read and write soon.
+MAMBA_INLINE void ask_for(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(p) + i, 1);
+  }
+}
+
 // What one thread does of one token.
 struct Worker {
   const DecodeParams& p;
@@ -287,8 +294,20 @@ struct Worker {
                     });
   }
 
+  // A block's states of the rows after the one at hand lie apart: nothing but this foresees them.
+  void ask_for_next(const TensorArg& states, int64_t size, int64_t block, int64_t row) const {
+    constexpr int64_t kRowsAhead = 2;
+    int64_t next = row + kRowsAhead;
+    if (next >= p.batch) next -= p.batch, ++block;
+    if (next >= p.batch || (block + 1) * kBlock > p.d_inner) return;
+    const int64_t at = next * states.stride[0] + block * kBlock * size;
+    const int64_t bytes = states.dtype == DType::kFloat32 ? 4 : 2;
+    ask_for(static_cast<const char*>(states.data) + at * bytes, kBlock * size * bytes);
+  }
+
   void convolve(const DecodeLayer& layer, int64_t block, const Tile& tile, int64_t r,
                 const float* values) const {
+    ask_for_next(layer.conv_state, p.d_conv, block, tile.first + r);
     const int64_t c0 = block * kBlock, row = tile.first + r;
     const int64_t count = std::min(kBlock, p.d_inner - c0);
     alignas(64) float out[kBlock];
@@ -374,6 +393,7 @@ struct Worker {
                     float* dt) const {
     const int64_t c0 = block * kBlock, row = tile.first + r;
     const int64_t count = std::min(kBlock, p.d_inner - c0);
+    ask_for_next(layer.ssm_state, p.d_state, block, row);
     const float* u = s.conv_out + row * channels + c0;
     alignas(64) float y[kBlock] = {};
     for (int64_t i = 0; i < kBlock; i += kLanes) store(dt + i, softplus(load(dt + i)));

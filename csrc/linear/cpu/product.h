@@ -40,9 +40,9 @@ struct Product {
 MAMBA_DECLARE_ISA_BF16(void begin_products())
 MAMBA_DECLARE_ISA_BF16(void end_products())
 
-// The rows of the next tile when `rows` are left, for a model with weights of that kind; tiles are
+// The rows of the next tile when `rows` are left; tiles are
 // padded to a number of rows for which there is a kernel. `select_product` takes such a number.
-MAMBA_DECLARE_ISA_BF16(int64_t next_tile_rows(WeightKind kind, int64_t rows))
+MAMBA_DECLARE_ISA_BF16(int64_t next_tile_rows(int64_t rows))
 MAMBA_DECLARE_ISA_BF16(Product select_product(WeightKind kind, int64_t rows))
 
 }  // namespace mamba

@@ -153,6 +153,52 @@ MAMBA_INLINE void sum_inputs(const typename W::T* w, int64_t stride, const float
   }
 }
 
+// Twice as many rows as stay in registers: a few inputs for the first half of the rows, then the
+// same inputs for the second half, out of the first cache. So memory is read at an even pace; one
+// half after the other would leave it idle while the second half runs.
+template <class W, int kRows, int kBlocks>
+void product_halves(const PackedWeight& weight, int64_t block, const void* x, float* out) {
+  static_assert(W::kStep == 1 && kRows % 2 == 0, "an input is a line of weights");
+  constexpr int kHalf = kRows / 2;
+  constexpr int64_t kInputs = 64, kAhead = 2 * kInputs * kBlock;
+  const int64_t stride = weight.in * kBlock;
+  const auto* w = static_cast<const typename W::T*>(weight.data) + block * stride;
+  const auto* rows = static_cast<const float*>(x);
+  for (int64_t begin = 0; begin < weight.in; begin += kInputs) {
+    const int64_t end = std::min(weight.in, begin + kInputs);
+    for (int half = 0; half < 2; ++half) {
+      Vec sums[kBlocks * kVecs][kHalf];
+      float* const to = out + half * kHalf * kBlock;
+#pragma GCC unroll 4
+      for (int b = 0; b < kBlocks * kVecs; ++b) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kHalf; ++r) {
+          const float* const sum = to + ((b / kVecs) * kRows + r) * kBlock + b % kVecs * kLanes;
+          sums[b][r] = begin ? load(sum) : Vec{};
+        }
+      }
+      // Each half asks for its half of the lines.
+      const typename W::T* ahead = w + kAhead + (begin + half * (end - begin) / 2) * kBlock;
+      for (int64_t k = begin; k < end; ++k) {
+        if (k % 2 == 0) {
+#pragma GCC unroll 4
+          for (int b = 0; b < kBlocks; ++b) __builtin_prefetch(ahead + b * stride);
+          ahead += kBlock;
+        }
+        step_blocks<W, kHalf, kBlocks>(w + k * kBlock, stride, rows + k * kRows + half * kHalf,
+                                       sums);
+      }
+#pragma GCC unroll 4
+      for (int b = 0; b < kBlocks * kVecs; ++b) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kHalf; ++r) {
+          store(to + ((b / kVecs) * kRows + r) * kBlock + b % kVecs * kLanes, sums[b][r]);
+        }
+      }
+    }
+  }
+}
+
 template <class W, int kRows, int kBlocks>
 void product(const PackedWeight& weight, int64_t block, const void* x, float* out) {
   const int64_t stride = weight.in * kBlock;
@@ -278,6 +324,9 @@ Product select_kind(WeightKind kind) {
     case WeightKind::kInt8:
       return {product_int8<kRows, kBlocks>, product_int8<kRows, 1>, kBlocks, kFloats};
     default:
+      if constexpr (kRows == kMaxTileRows && kLanes == 16) {
+        return {product_halves<ReadF32, kRows, 2>, product_halves<ReadF32, kRows, 1>, 2, kFloats};
+      }
       return {product<ReadF32, kRows, kBlocks>, product<ReadF32, kRows, 1>, kBlocks, kFloats};
   }
 }
@@ -296,11 +345,8 @@ void begin_products() {}
 void end_products() {}
 #endif
 
-int64_t next_tile_rows(WeightKind kind, int64_t rows) {
-  int64_t largest = kTileRows[sizeof(kTileRows) / sizeof(kTileRows[0]) - 1];
-  // Sixteen rows of fp32 leave registers for one block of outputs; two tiles of eight, with two
-  // blocks each, load less for every product (measured: 30 instead of 32 ms a step).
-  if (kind == WeightKind::kFloat32) largest = std::min<int64_t>(largest, 12);
+int64_t next_tile_rows(int64_t rows) {
+  const int64_t largest = kTileRows[sizeof(kTileRows) / sizeof(kTileRows[0]) - 1];
   const int64_t tiles = (rows + largest - 1) / largest;
   for (const int tile : kTileRows) {
     if (tile * tiles >= rows) return tile;  // tiles of about the same size
