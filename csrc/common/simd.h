@@ -54,11 +54,17 @@ MAMBA_INLINE Vec load_bfloat16(const uint16_t* p) {
 }
 
 MAMBA_INLINE void store_bfloat16(uint16_t* p, Vec v) {
+#if defined(__AVX512BF16__)
+  // Subnormal numbers become 0 here.
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &rounded, sizeof(rounded));
+#else
   const VecU bits = bits_as<VecU>(v);
   const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
   const VecU nan = VecU{} + 0x7fc0u;
   const VecH h = __builtin_convertvector(v == v ? rounded : nan, VecH);
   std::memcpy(p, &h, sizeof(h));
+#endif
 }
 
 MAMBA_INLINE Vec load_half(const uint16_t* p) {

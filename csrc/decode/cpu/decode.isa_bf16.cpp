@@ -1,125 +1,12 @@
-#include "decode.h"
-
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-#include "../../common/simd.h"
-#include "../../common/simd_tiles.h"
-#include "../../linear/cpu/product.h"
+#include "products.h"
 
 namespace mamba {
 namespace MAMBA_ISA {
 namespace {
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Rows that go through a product together; `width` of them with the padding.
-struct Tile {
-  int64_t first = 0, rows = 0, width = 0;
-};
-
-Tile next_tile(const DecodeParams& p, int64_t first) {
-  const int64_t width = next_tile_rows(p.batch - first);
-  return {first, std::min(width, p.batch - first), width};
-}
-
-int64_t padded_rows(const DecodeParams& p) {
-  int64_t rows = 0;
-  for (Tile t; rows < p.batch; rows += t.width) t = next_tile(p, rows);
-  return rows;
-}
-
-// The input of a product for all rows: tile after tile, each laid out as the product wants it.
-// (Only the last tile is padded, so a tile's first row is also its place.)
-struct Activations {
-  float* data = nullptr;
-  int64_t in = 0;
-  ActivationLayout layout = ActivationLayout::kFloats;
-
-  static int64_t floats(int64_t rows, int64_t in) { return rows * round_up(in, kTileInputs); }
-
-  char* tile(const Tile& t) const {
-    if (layout == ActivationLayout::kFloats) return reinterpret_cast<char*>(data + t.first * in);
-    const int64_t padded = layout == ActivationLayout::kPairs ? in : round_up(in, kTileInputs);
-    return reinterpret_cast<char*>(data) + t.first * padded * 2;
-  }
-
-  // Inputs [k, k + count) of one row; k is a multiple of kBlock.
-  MAMBA_INLINE void put(const Tile& t, int64_t row, int64_t k, const float* values,
-                        int64_t count) const {
-    if (layout == ActivationLayout::kFloats) {
-      float* const start = reinterpret_cast<float*>(tile(t)) + row;
-      for (int64_t i = 0; i < count; ++i) start[(k + i) * t.width] = values[i];
-      return;
-    }
-    for (int64_t done = 0; done < count; done += kBlock) {
-      const int64_t now = std::min(kBlock, count - done);
-      uint16_t rounded[kBlock] = {};
-      if (now == kBlock) {
-        for (int64_t i = 0; i < kBlock; i += kLanes) {
-          store_bfloat16(rounded + i, load(values + done + i));
-        }
-      } else {
-        for (int64_t i = 0; i < now; ++i) rounded[i] = float_to_bfloat16(values[done + i]);
-      }
-      put_rounded(t, row, k + done, rounded, (now + 1) / 2 * 2);
-    }
-  }
-
- private:
-  MAMBA_INLINE void put_rounded(const Tile& t, int64_t row, int64_t k, const uint16_t* values,
-                                int64_t count) const {
-    char* const start = tile(t);
-    if (layout == ActivationLayout::kTiles) {
-      const int64_t at = (k / kTileInputs * t.width + row) * kTileInputs + k % kTileInputs;
-      std::memcpy(start + at * 2, values, count * 2);
-      return;
-    }
-    for (int64_t i = 0; i < count / 2; ++i) {
-      std::memcpy(start + ((k / 2 + i) * t.width + row) * 4, values + 2 * i, 4);
-    }
-  }
-};
-
-template <class F>
-MAMBA_INLINE void multiply(const PackedWeight& w, const Activations& x, const Tile& tile,
-                           int64_t block, int64_t end, F&& f) {
-  alignas(64) float out[kProductFloats];
-  const Product product = select_product(w.kind, tile.width);
-  while (block < end) {
-    const bool many = end - block >= product.blocks_at_once;
-    (many ? product.many : product.one)(w, block, x.tile(tile), out);
-    const int64_t done = block + (many ? product.blocks_at_once : 1);
-    for (float* values = out; block < done; ++block) {
-      for (int64_t r = 0; r < tile.width; ++r, values += kBlock) {
-        if (r >= tile.rows) continue;  // padding
-        for (int64_t i = 0; w.bias && i < kBlock; i += kLanes) {
-          store(values + i, load(values + i) + load(w.bias + block * kBlock + i));
-        }
-        f(block, tile, r, values);
-      }
-    }
-  }
-}
-
-ActivationLayout layout_for(const PackedWeight& w) { return select_product(w.kind, 1).layout; }
-
-// Calls f(block, tile, row of the tile, values) for every output of blocks [begin, end), bias
-// included; values are kBlock floats that f may overwrite. All tiles go through a few blocks before
-// the next blocks, so that the weight comes from memory once.
-template <class F>
-void for_each_output(const PackedWeight& w, const Activations& x, const DecodeParams& p,
-                     int64_t begin, int64_t end, F&& f) {
-  for (; begin < end; begin += kMaxBlocksAtOnce) {
-    const int64_t stop = std::min<int64_t>(end, begin + kMaxBlocksAtOnce);
-    for (int64_t first = 0; first < p.batch;) {
-      const Tile tile = next_tile(p, first);
-      multiply(w, x, tile, begin, stop, f);
-      first += tile.width;
-    }
-  }
-}
 
 // Where everything lies in the scratch memory. The first members are shared by the team, the last
 // ones are each member's own: they are small, and computing them twice saves a barrier.
@@ -219,6 +106,11 @@ struct Worker {
     return {count * member / members, count * (member + 1) / members};
   }
 
+  Share share_of(const PackedWeight& w) const {
+    const Range mine = share(w.blocks());
+    return {&w, mine.begin, mine.end};
+  }
+
   void embed() const {
     for (int64_t r = 0; r < p.batch; ++r) {
       float* row = s.residual + r * width;
@@ -282,12 +174,11 @@ struct Worker {
 
   // x and z of this member's channels; x goes through the convolution at once.
   void project_in(const DecodeLayer& layer) const {
-    const Range mine = share(channels / kBlock);
-    for_each_output(layer.in_x, s.normed, p, mine.begin, mine.end,
+    for_each_output(share_of(layer.in_x), share_of(layer.in_z), s.normed, p,
                     [&](int64_t block, const Tile& tile, int64_t r, float* values) {
                       convolve(layer, block, tile, r, values);
                     });
-    for_each_output(layer.in_z, s.normed, p, mine.begin, mine.end,
+    for_each_output(share_of(layer.in_z), share_of(layer.x_proj), s.normed, p,
                     [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
                       std::copy(values, values + kBlock,
                                 s.z + (tile.first + r) * channels + block * kBlock);
@@ -325,7 +216,11 @@ struct Worker {
         case 3:
           return slide<E, 3>(window, values, taps, count, out);
         case 4:
+#if defined(__AVX512F__)
+          return slide_four<E>(window, values, taps, out);
+#else
           return slide<E, 4>(window, values, taps, count, out);
+#endif
         default:
           return slide<E, 0>(window, values, taps, count, out);
       }
@@ -357,10 +252,38 @@ struct Worker {
     for (int64_t i = 0; i < n; ++i) out[i] += values[i] * taps[(w - 1) * channels + i];
   }
 
+#if defined(__AVX512F__)
+  // The same for a block of windows of four, 16 channels in four registers, without a store that a
+  // later load of another width would have to wait for.
+  template <class E>
+  MAMBA_INLINE void slide_four(typename E::T* window, const float* values, const float* taps,
+                               float* out) const {
+    const __m512i four =
+        _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i last = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3);
+    const __m512 input = (__m512)load(values);
+    __m512 old[4];
+    for (int i = 0; i < 4; ++i) {
+      old[i] = (__m512)E::read(window + i * kLanes);
+      const __m512i from = _mm512_add_epi32(last, _mm512_set1_epi32(4 * i));
+      const __m512 moved = _mm512_permute_ps(old[i], 0xf9);  // the second to fourth, one place on
+      E::write(window + i * kLanes, (Vec)_mm512_mask_permutexvar_ps(moved, 0x8888, from, input));
+    }
+    Vec sum = load(out);
+    for (int t = 1; t < 4; ++t) {
+      const __m512i every = _mm512_add_epi32(four, _mm512_set1_epi32(t));
+      const __m512 low = _mm512_permutex2var_ps(old[0], every, old[1]);
+      const __m512 high = _mm512_permutex2var_ps(old[2], every, old[3]);
+      const Vec tap = (Vec)_mm512_shuffle_f32x4(low, high, 0x44);
+      sum += tap * load(taps + (t - 1) * channels);
+    }
+    store(out, sum + (Vec)input * load(taps + 3 * channels));
+  }
+#endif
+
   void select(const DecodeLayer& layer) const {
     const int64_t outputs = layer.x_proj.blocks() * kBlock;
-    const Range mine = share(layer.x_proj.blocks());
-    for_each_output(layer.x_proj, s.x_in, p, mine.begin, mine.end,
+    for_each_output(share_of(layer.x_proj), share_of(layer.dt_proj), s.x_in, p,
                     [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
                       std::copy(values, values + kBlock,
                                 s.projected + (tile.first + r) * outputs + block * kBlock);
@@ -382,8 +305,7 @@ struct Worker {
       }
       first += tile.width;
     }
-    const Range mine = share(channels / kBlock);
-    for_each_output(layer.dt_proj, s.dt_in, p, mine.begin, mine.end,
+    for_each_output(share_of(layer.dt_proj), share_of(layer.out_proj), s.dt_in, p,
                     [&](int64_t block, const Tile& tile, int64_t r, float* values) {
                       update_state(layer, block, tile, r, values);
                     });
@@ -452,9 +374,8 @@ struct Worker {
     return sum_lanes(total);
   }
 
-  void project_out(const DecodeLayer& layer) const {
-    const Range mine = share(layer.out_proj.blocks());
-    for_each_output(layer.out_proj, s.y_in, p, mine.begin, mine.end,
+  void project_out(const DecodeLayer& layer, const PackedWeight& next) const {
+    for_each_output(share_of(layer.out_proj), share_of(next), s.y_in, p,
                     [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
                       std::copy(values, values + kBlock,
                                 s.hidden + (tile.first + r) * width + block * kBlock);
@@ -462,11 +383,10 @@ struct Worker {
   }
 
   void logits() const {
-    const Range mine = share(p.lm_head.blocks());
     with_dtype(p.logits.dtype, [&](auto type) {
       using E = decltype(type);
       auto* to = static_cast<typename E::T*>(p.logits.data);
-      for_each_output(p.lm_head, s.head_in, p, mine.begin, mine.end,
+      for_each_output(share_of(p.lm_head), Share{}, s.head_in, p,
                       [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
                         const int64_t first = block * kBlock;
                         auto* row = to + (tile.first + r) * p.vocab + first;
@@ -490,7 +410,7 @@ struct Worker {
       team.barrier(members);
       advance(layer);
       team.barrier(members);
-      project_out(layer);
+      project_out(layer, i + 1 < p.layers ? p.layer[i + 1].in_x : p.lm_head);
       team.barrier(members);
     }
     add_norm(p.norm_f, true, s.head_in);
