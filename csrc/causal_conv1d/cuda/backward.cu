@@ -1,7 +1,7 @@
 // The convolution's backward. With the gradient g of the sums before the activation,
 //   dx_t = sum_j weight[w-1-j] g_{t+j},  dweight[k] = sum_t g_t x_{t-(w-1-k)},  dbias = sum_t g_t.
 #include "../../common/cuda_reduce.h"
-#include "channels.cuh"
+#include "channels_backward.cuh"
 #include "steps.cuh"
 
 namespace mamba {
@@ -169,11 +169,10 @@ void backward_fast(const CudaConvParams& c, Path path, cudaStream_t stream) {
   const ConvParams& p = c.p;
   conv_dispatch(p, [&](auto width, auto type, auto silu) {
     using T = typename decltype(type)::Element;
-    using Tile = BackwardTile<T>;
     if (path == Path::kChannels) {
-      backward_channels_kernel<width.value, T, silu.value, Tile::kChannels, Tile::kSteps,
-                               Tile::kAtOnce>
-          <<<channels_blocks<Tile>(p), kChannelsThreads, 0, stream>>>(c);
+      const int64_t steps = backward_steps(p);
+      backward_channels_kernel<width.value, T, silu.value>
+          <<<channels_blocks(p, kBackwardChannels, steps), kChannelsThreads, 0, stream>>>(c, steps);
     } else {
       const dim3 grid(conv_blocks(p.batch * p.channels * 32),
                       static_cast<unsigned>(segments_of(p)));
@@ -191,8 +190,7 @@ int64_t conv_groups_cuda(const CudaConvParams& c) {
   const Path path = path_of(c);
   if (path == Path::kSteps) return p.batch * segments_of(p);
   if (path == Path::kGeneral) return p.batch * ((p.length + kGeneralSteps - 1) / kGeneralSteps);
-  return p.batch * (p.x.dtype == DType::kFloat32 ? channels_groups<BackwardTile<float>>(p)
-                                                 : channels_groups<BackwardTile<__half>>(p));
+  return p.batch * channels_groups(p, backward_steps(p));
 }
 
 const char* conv_bwd_cuda(const CudaConvParams& c, void* stream_handle) {

@@ -194,7 +194,7 @@ const char* conv_fwd_cuda(const CudaConvParams& c, void* stream_handle) {
       using Tile = ForwardTile<T>;
       forward_channels_kernel<width.value, T, silu.value, Tile::kChannels, Tile::kSteps,
                               Tile::kAtOnce>
-          <<<channels_blocks<Tile>(p), kChannelsThreads, 0, stream>>>(p);
+          <<<channels_blocks(p, Tile::kChannels, Tile::kSteps), kChannelsThreads, 0, stream>>>(p);
     });
   } else if (size > 0 && conv_fast_width(c) && conv_time_vectors(p.x) && conv_time_vectors(p.out)) {
     const int64_t vectors = (p.length + kVector - 1) / kVector;
