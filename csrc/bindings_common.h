@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -72,14 +73,43 @@ inline TensorArg tensor_arg(const char* op, const char* name, const OptionalTens
   return t.has_value() ? tensor_arg(op, name, *t, shape, like) : TensorArg{};
 }
 
-inline Tensor new_floats(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+// Fresh memory on the device of `like`, in its dtype unless another is wanted. Past the dispatcher,
+// which costs the host more than the allocation does.
+inline Tensor fresh_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+                            const std::vector<int64_t>& strides,
+                            std::optional<ScalarType> dtype = std::nullopt) {
+  int32_t type = 0, device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  if (dtype.has_value()) {
+    type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               type, device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) strides[i] = step, step *= std::max<int64_t>(sizes[i], 1);
+  return fresh_strided(like, sizes, strides, dtype);
+}
+
+inline Tensor new_floats(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return fresh(like, sizes, ScalarType::Float);
+}
+
+inline Tensor contiguous_of(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 // What stands for a result that does not exist.
-inline Tensor absent(const Tensor& like) {
-  return torch::stable::new_empty(like, std::vector<int64_t>{0});
-}
+inline Tensor absent(const Tensor& like) { return fresh(like, {0}); }
 
 inline float* floats_of(const Tensor& t) {
   return t.numel() ? static_cast<float*>(t.data_ptr()) : nullptr;
@@ -142,7 +172,7 @@ inline StateUpdateParams state_update_params(const Tensor& state, const Tensor& 
 // The output of mamba_ssm::_state_update: (batch, heads, head_dim), contiguous, in x's dtype.
 inline Tensor allocate_state_update_out(StateUpdateParams& p, const Tensor& x) {
   const std::vector<int64_t> sizes{p.batch, p.heads, p.head_dim};
-  Tensor out = torch::stable::new_empty(x, sizes);
+  Tensor out = fresh(x, sizes);
   p.out = tensor_arg("_state_update", "out", out, sizes, x);
   return out;
 }

@@ -19,10 +19,6 @@ namespace {
 
 using Sizes = std::vector<int64_t>;
 
-Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-
 // A view by strides; `offset` counts from the first element of t.
 Tensor view(const Tensor& t, const Sizes& sizes, const Sizes& strides, int64_t offset = 0) {
   int64_t start = 0;
@@ -43,14 +39,14 @@ void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
 }
 
 Tensor multiply(const Tensor& a, const Tensor& b) {
-  Tensor out = empty(a, {a.size(0), b.size(1)}, a.scalar_type());
+  Tensor out = fresh(a, {a.size(0), b.size(1)}, a.scalar_type());
   multiply_into(out, a, b);
   return out;
 }
 
 // a (16-bit) times b in fp32.
 Tensor multiply_wide(const Tensor& a, const Tensor& b) {
-  Tensor out = empty(a, {a.size(0), b.size(1)}, ScalarType::Float);
+  Tensor out = fresh(a, {a.size(0), b.size(1)}, ScalarType::Float);
   std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(ScalarType::Float),
                                     torch::stable::detail::from(out)};
@@ -80,9 +76,9 @@ struct Converter {
   // t if it has that dtype, else a new tensor, which `run` fills.
   Tensor converted(const Tensor& t, ScalarType dtype) {
     if (t.scalar_type() == dtype) return t;
-    const Tensor from = torch::stable::contiguous(t);
+    const Tensor from = contiguous_of(t);
     kept.push_back(from);
-    Tensor to = empty(t, sizes_of(t), dtype);
+    Tensor to = fresh(t, sizes_of(t), dtype);
     add(from, to);
     return to;
   }
@@ -118,6 +114,15 @@ void check_matrix(const char* op, const char* name, const Tensor& t, int64_t row
   (void)tensor_arg(op, name, t, {rows, columns}, like);
 }
 
+// The convolution's weight (channels, 1, width) as (channels, width).
+Tensor taps_of(const char* op, const Tensor& weight) {
+  check_dim(op, "conv_weight", weight, 3, "(channels, 1, width)");
+  STD_TORCH_CHECK(weight.size(1) == 1, op,
+                  ": conv_weight must have shape (channels, 1, width), got ",
+                  shape_text(sizes_of(weight)));
+  return view(weight, {weight.size(0), weight.size(2)}, {weight.stride(0), weight.stride(2)});
+}
+
 // The new memory of conv and scan must have steps as rows; with one channel it has no order.
 Tensor as_rows(const Tensor& sequences) {
   if (sequences.stride(1) == 1 && sequences.stride(2) == sequences.size(1)) return sequences;
@@ -135,7 +140,6 @@ block_fwd(Tensor hidden, Tensor in_proj, Tensor conv_weight, OptionalTensor conv
   check_dim(op, "A_log", A_log, 2, "(channels, state_dim)");
   check_dim(op, "dt_proj", dt_proj, 2, "(channels, rank)");
   check_dim(op, "out_proj", out_proj, 2, "(outputs, channels)");
-  check_dim(op, "conv_weight", conv_weight, 2, "(channels, width)");
   const int64_t m = hidden.size(2);
   const BlockSizes s{hidden.size(0), hidden.size(1), A_log.size(0), A_log.size(1), dt_proj.size(1)};
   check_matrix(op, "in_proj", in_proj, 2 * s.d, m, hidden);
@@ -146,16 +150,17 @@ block_fwd(Tensor hidden, Tensor in_proj, Tensor conv_weight, OptionalTensor conv
   void* const stream = current_stream(hidden);
   Converter convert{op, {}, {}};
   const auto used = [&](const Tensor& t) { return convert.converted(t, dtype); };
-  Tensor rows = used(torch::stable::contiguous(hidden));
+  Tensor rows = used(contiguous_of(hidden));
   const Tensor w_in = used(in_proj), w_x = used(x_proj), w_dt = used(dt_proj),
                w_out = used(out_proj);
-  const Tensor A_from = torch::stable::contiguous(A_log);
-  Tensor A = empty(hidden, {s.d, s.n}, ScalarType::Float);
+  const Tensor A_from = contiguous_of(A_log);
+  Tensor A = fresh(hidden, {s.d, s.n}, ScalarType::Float);
   convert.add(A_from, A, true);
   convert.run(stream);
   const Tensor matrix = view(rows, {s.b * s.length, m}, {m, 1});
   Tensor xz = multiply(matrix, transposed(w_in));
-  const Tensor conv = as_rows(block_conv_forward(s.sequences(xz), conv_weight, conv_bias));
+  const Tensor conv =
+      as_rows(block_conv_forward(s.sequences(xz), taps_of(op, conv_weight), conv_bias));
   Tensor x_dbl = multiply(s.rows(conv), transposed(w_x));
   const Tensor delta = multiply(s.low_rank(x_dbl), transposed(w_dt));
   auto [y, final_state, states] = selective_scan_fwd(
@@ -194,66 +199,111 @@ Tensor weight_gradient(const Tensor& dy, const Tensor& x, ScalarType dtype) {
   return wide_gradient(dy, dtype) ? multiply_wide(a, x) : multiply(a, x);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_bwd(
-    Tensor d_rows, Tensor out_proj, Tensor conv, Tensor rows, Tensor xz, Tensor x_dbl, Tensor A,
-    Tensor states, Tensor in_proj, Tensor conv_weight, OptionalTensor conv_bias, Tensor x_proj,
-    Tensor dt_proj, OptionalTensor dt_bias, Tensor D, ScalarType hidden_dtype, ScalarType in_dtype,
-    ScalarType x_dtype, ScalarType dt_dtype, int64_t wanted, int64_t chunk_size) {
+// What block_bwd is asked for, a bit each.
+struct BlockWanted {
+  bool hidden, in, x, dt, out, dxz;
+  explicit BlockWanted(int64_t bits)
+      : hidden(bits & 1), in(bits & 2), x(bits & 4), dt(bits & 8), out(bits & 16), dxz(bits & 32) {}
+};
+
+// Gradients behind the convolution's output, of conv (b, d, l) itself among them.
+struct BlockInnerGradients {
+  Tensor conv, A, D, dt_bias, x_proj, dt_proj;
+};
+
+// From y's gradient, in the first half of dxz, to conv's; z's goes to the second half.
+BlockInnerGradients block_inner_backward(const char* op, const BlockSizes& s,
+                                         const BlockWanted& wanted, const Tensor& dxz,
+                                         const Tensor& conv, const Tensor& xz, const Tensor& x_dbl,
+                                         const Tensor& A, const Tensor& states,
+                                         const Tensor& x_proj, const Tensor& dt_proj,
+                                         const OptionalTensor& dt_bias, const Tensor& D,
+                                         ScalarType x_dtype, ScalarType dt_dtype,
+                                         int64_t chunk_size) {
+  // In one memory: delta, then its gradient.
+  const Tensor ddelta = multiply(s.low_rank(x_dbl), transposed(dt_proj));
+  auto [du, ddelta_, dA, dB, dC, dD, dz, d_dt_bias, dinitial] = scan_backward(
+      s.sequences(dxz), std::nullopt, conv, s.sequences(ddelta), A, s.selected(x_dbl, s.rank),
+      s.selected(x_dbl, s.rank + s.n), D, s.sequences(xz, s.d), dt_bias, true, std::nullopt,
+      std::nullopt, s.b, chunk_size, states, s.sequences(dxz, s.d), true);
+  BlockInnerGradients g{as_rows(du), dA, dD, d_dt_bias, absent(xz), absent(xz)};
+  if (wanted.dt) g.dt_proj = weight_gradient(ddelta, s.low_rank(x_dbl), dt_dtype);
+  const Tensor dx_dbl = fresh(xz, {s.b * s.length, s.rank + 2 * s.n});
+  multiply_into(s.low_rank(dx_dbl), ddelta, dt_proj);
+  BlockColumns c;
+  c.batch = s.b, c.length = s.length, c.states = s.n;
+  c.pitch = s.rank + 2 * s.n, c.column = s.rank;
+  c.dtype = dtype_of(op, "xz", xz);
+  c.dB = dB.data_ptr(), c.dC = dC.data_ptr(), c.rows = dx_dbl.data_ptr();
+  c.dA = floats_of(dA), c.A = floats_of(A), c.count = dA.numel();
+  check_launch(op, block_columns_cuda(c, current_stream(xz)));
+  if (wanted.x) g.x_proj = weight_gradient(dx_dbl, s.rows(conv), x_dtype);
+  add_product(s.rows(g.conv), dx_dbl, x_proj);
+  return g;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+block_bwd(Tensor d_rows, OptionalTensor y, Tensor out_proj, OptionalTensor rows, Tensor xz,
+          Tensor x_dbl, Tensor A, Tensor states, OptionalTensor in_proj, Tensor conv_weight,
+          OptionalTensor conv_bias, Tensor x_proj, Tensor dt_proj, OptionalTensor dt_bias, Tensor D,
+          ScalarType hidden_dtype, ScalarType in_dtype, ScalarType x_dtype, ScalarType dt_dtype,
+          ScalarType out_dtype, int64_t wanted_bits, int64_t chunk_size) {
   const char* op = "_mamba_block_bwd";
-  const bool wants_hidden = wanted & 1, wants_in = wanted & 2, wants_x = wanted & 4,
-             wants_dt = wanted & 8;
-  check_dim(op, "conv", conv, 3, "(batch, channels, length)");
+  const BlockWanted wanted(wanted_bits);
+  check_dim(op, "states", states, 4, "(batch, chunks, channels, state_dim)");
   check_dim(op, "xz", xz, 2, "(rows, 2 channels)");
-  const BlockSizes s{conv.size(0), conv.size(2), A.size(0), A.size(1), dt_proj.size(1)};
+  const int64_t b = states.size(0), m = xz.size(0);
+  STD_TORCH_CHECK(b > 0 && m % b == 0, op, ": the ", m, " rows of xz are not of ", b, " sequences");
+  const BlockSizes s{b, m / b, A.size(0), A.size(1), dt_proj.size(1)};
+  check_matrix(op, "xz", xz, m, 2 * s.d, xz);
   check_matrix(op, "out_proj", out_proj, out_proj.size(0), s.d, xz);
-  check_matrix(op, "d_rows", d_rows, s.b * s.length, out_proj.size(0), xz);
-  check_matrix(op, "xz", xz, s.b * s.length, 2 * s.d, xz);
-  check_matrix(op, "x_dbl", x_dbl, s.b * s.length, s.rank + 2 * s.n, xz);
-  check_matrix(op, "in_proj", in_proj, 2 * s.d, rows.size(1), xz);
+  check_matrix(op, "d_rows", d_rows, m, out_proj.size(0), xz);
+  check_matrix(op, "x_dbl", x_dbl, m, s.rank + 2 * s.n, xz);
   check_matrix(op, "x_proj", x_proj, s.rank + 2 * s.n, s.d, xz);
   check_matrix(op, "dt_proj", dt_proj, s.d, s.rank, xz);
+  if (wanted.out) check_matrix(op, "y", y.value(), m, s.d, xz);
+  if (wanted.in) check_matrix(op, "rows", rows.value(), m, rows->size(1), xz);
+  if (wanted.hidden) check_matrix(op, "in_proj", in_proj.value(), 2 * s.d, in_proj->size(1), xz);
+  const Tensor taps = taps_of(op, conv_weight);
   const torch::stable::accelerator::DeviceGuard guard(xz.get_device_index());
-  void* const stream = current_stream(xz);
-  Tensor dxz = empty(xz, {s.b * s.length, 2 * s.d}, xz.scalar_type());
+  // Before any product: torch warns where a thread's first work on a GPU is a matrix product.
+  Tensor conv = as_rows(block_conv_forward(s.sequences(xz), taps, conv_bias));
+  const Tensor d_out = wanted.out ? weight_gradient(d_rows, *y, out_dtype) : absent(xz);
+  Tensor dxz = fresh(xz, {m, 2 * s.d});
   // The gradient of y lies where that of x will: the scan has read it before the convolution
   // writes.
-  multiply_into(view(dxz, {s.b * s.length, s.d}, {2 * s.d, 1}), d_rows, out_proj);
-  Tensor d_conv, dA, dD, d_dt_bias;
-  Tensor d_hidden = absent(xz), d_in_proj = absent(xz), d_x_proj = absent(xz),
-         d_dt_proj = absent(xz);
-  {
-    Tensor dx_dbl = empty(xz, {s.b * s.length, s.rank + 2 * s.n}, xz.scalar_type());
-    {
-      // In one memory: delta, then its gradient.
-      const Tensor ddelta = multiply(s.low_rank(x_dbl), transposed(dt_proj));
-      auto [du, ddelta_, dA_, dB, dC, dD_, dz, dbias, dinitial] = scan_backward(
-          s.sequences(dxz), std::nullopt, conv, s.sequences(ddelta), A, s.selected(x_dbl, s.rank),
-          s.selected(x_dbl, s.rank + s.n), D, s.sequences(xz, s.d), dt_bias, true, std::nullopt,
-          std::nullopt, s.b, chunk_size, states, s.sequences(dxz, s.d), true);
-      d_conv = as_rows(du), dA = dA_, dD = dD_, d_dt_bias = dbias;
-      if (wants_dt) d_dt_proj = weight_gradient(ddelta, s.low_rank(x_dbl), dt_dtype);
-      multiply_into(s.low_rank(dx_dbl), ddelta, dt_proj);
-      BlockColumns c;
-      c.batch = s.b, c.length = s.length, c.states = s.n;
-      c.pitch = s.rank + 2 * s.n, c.column = s.rank;
-      c.dtype = dtype_of(op, "xz", xz);
-      c.dB = dB.data_ptr(), c.dC = dC.data_ptr(), c.rows = dx_dbl.data_ptr();
-      c.dA = floats_of(dA), c.A = floats_of(A), c.count = dA.numel();
-      check_launch(op, block_columns_cuda(c, stream));
-    }
-    if (wants_x) d_x_proj = weight_gradient(dx_dbl, s.rows(conv), x_dtype);
-    add_product(s.rows(d_conv), dx_dbl, x_proj);
-  }
-  auto [dx, d_conv_weight, d_conv_bias, dinitial] =
-      conv_backward(d_conv, std::nullopt, s.sequences(xz), conv_weight, conv_bias, std::nullopt,
+  multiply_into(view(dxz, {m, s.d}, {2 * s.d, 1}), d_rows, out_proj);
+  BlockInnerGradients g =
+      block_inner_backward(op, s, wanted, dxz, conv, xz, x_dbl, A, states, x_proj, dt_proj, dt_bias,
+                           D, x_dtype, dt_dtype, chunk_size);
+  conv = Tensor();
+  auto [dx, d_taps, d_conv_bias, dinitial] =
+      conv_backward(g.conv, std::nullopt, s.sequences(xz), taps, conv_bias, std::nullopt,
                     std::nullopt, s.b, true, s.sequences(dxz));
-  d_conv = Tensor();
-  if (wants_in) d_in_proj = weight_gradient(dxz, rows, in_dtype);
-  if (wants_hidden) {
-    d_hidden =
-        wide_gradient(dxz, hidden_dtype) ? multiply_wide(dxz, in_proj) : multiply(dxz, in_proj);
+  g.conv = Tensor();
+  const Tensor d_in = wanted.in ? weight_gradient(dxz, *rows, in_dtype) : absent(xz);
+  Tensor d_hidden;
+  if (!wanted.hidden) {
+    d_hidden = absent(xz);
+  } else {
+    const Tensor flat =
+        wide_gradient(dxz, hidden_dtype) ? multiply_wide(dxz, *in_proj) : multiply(dxz, *in_proj);
+    const int64_t k = flat.size(1);
+    d_hidden = view(flat, {s.b, s.length, k}, {s.length * k, k, 1});
   }
-  return {d_hidden, d_in_proj, d_conv_weight, d_conv_bias, d_x_proj, d_dt_proj, d_dt_bias, dA, dD};
+  const int64_t w = d_taps.size(1);
+  const Tensor d_conv_weight = view(d_taps, {s.d, 1, w}, {w, w, 1});
+  return {d_hidden,
+          d_in,
+          d_conv_weight,
+          d_conv_bias,
+          g.x_proj,
+          g.dt_proj,
+          g.dt_bias,
+          g.A,
+          g.D,
+          d_out,
+          wanted.dxz ? dxz : absent(xz)};
 }
 
 }  // namespace

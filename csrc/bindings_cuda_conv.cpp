@@ -16,10 +16,10 @@ struct Links {
   Links(const char* op, const ConvParams& p, const Tensor& x, const OptionalTensor& seq_idx,
         void* stream) {
     if (!seq_idx.has_value()) return;
-    kept.push_back(torch::stable::contiguous(*seq_idx));
+    kept.push_back(contiguous_of(*seq_idx));
     links.ids = static_cast<const int*>(kept.back().data_ptr());
     const auto integers = [&](const Sizes& sizes, ScalarType type) {
-      kept.push_back(torch::stable::new_empty(x, sizes, std::make_optional(type)));
+      kept.push_back(fresh(x, sizes, type));
       return kept.back().data_ptr();
     };
     // At least one element: a null pointer would mean that nothing is packed.
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> conv_fwd(Tensor x, Tensor weight, OptionalTensor bias
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* const stream = current_stream(x);
   const Sizes state_sizes{num_states, p.channels, p.width - 1};
-  Tensor out = empty_like_layout(x), final = torch::stable::new_empty(x, state_sizes);
+  Tensor out = empty_like_layout(x), final = fresh(x, state_sizes);
   p.out = tensor_arg(op, "out", out, sizes_of(x), x);
   p.final = tensor_arg(op, "final_states", final, state_sizes, x);
   const Links links(op, p, x, seq_idx, stream);
@@ -168,7 +168,7 @@ Tensor conv_update_op(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor
   c.start =
       integers(op, "cache_seqlens", cache_seqlens, c.p.batch, x, &c.start_bytes, &c.start_stride);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor out = torch::stable::new_empty(x, sizes_of(x));
+  Tensor out = fresh(x, sizes_of(x));
   c.p.out = tensor_arg(op, "out", out, sizes_of(x), x);
   check_launch(op, conv_update_cuda(c, current_stream(x)));
   return out;

@@ -24,7 +24,7 @@ Tensor cross_entropy_op(Tensor logits, Tensor targets, int64_t ignore_index) {
                   torch::headeronly::toString(targets.scalar_type()), " ",
                   shape_text(sizes_of(targets)));
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  const Tensor contiguous = torch::stable::contiguous(targets);
+  const Tensor contiguous = contiguous_of(targets);
   p.targets = static_cast<const int64_t*>(contiguous.data_ptr());
   Tensor losses = new_floats(logits, {p.rows});
   p.losses = floats_of(losses);

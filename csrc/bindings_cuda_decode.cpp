@@ -169,7 +169,7 @@ Tensor decode(Tensor ids, Tensor embedding, std::vector<Tensor> weights, double 
                 y = place(inner), gate = place(inner),
                 projected = place(p.plan.x_slices * b * s.projected);
   Tensor scratch = new_floats(embedding, {used});
-  Tensor logits = torch::stable::new_empty(embedding, std::vector<int64_t>{b, s.vocab});
+  Tensor logits = fresh(embedding, {b, s.vocab});
   float* base = floats_of(scratch);
   p.arrived = reinterpret_cast<unsigned*>(base + arrived);
   p.residual = base + residual;

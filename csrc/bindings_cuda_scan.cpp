@@ -16,7 +16,7 @@ struct DeviceEvents {
     const ScanParams& p = call.p;
     if (!p.seq_idx) return;
     const auto integers = [&](const Sizes& sizes, ScalarType type) {
-      kept.push_back(torch::stable::new_empty(u, sizes, std::make_optional(type)));
+      kept.push_back(fresh(u, sizes, type));
       return kept.back().data_ptr();
     };
     auto* before = static_cast<int*>(integers({p.batch, p.length}, ScalarType::Int));
@@ -50,10 +50,9 @@ ThreeTensors selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tens
   void* const stream = current_stream(u);
   ScanParams& p = call.p;
   Tensor out = empty_like_layout(u);
-  Tensor final_state = torch::stable::new_empty(u, Sizes{num_states, p.channels, p.state_dim},
-                                                std::make_optional(ScalarType::Float));
-  Tensor chunk_states = torch::stable::new_empty(
-      u, Sizes{p.batch, p.chunks, p.channels, p.state_dim}, std::make_optional(ScalarType::Float));
+  Tensor final_state = fresh(u, Sizes{num_states, p.channels, p.state_dim}, ScalarType::Float);
+  Tensor chunk_states =
+      fresh(u, Sizes{p.batch, p.chunks, p.channels, p.state_dim}, ScalarType::Float);
   p.out = call.arg("out", out, {p.batch, p.channels, p.length}, u);
   p.final_state = mutable_float_data(final_state);
   p.chunk_states = mutable_float_data(chunk_states);
@@ -71,17 +70,14 @@ struct BackwardMemory {
   const Tensor& like;
   std::vector<Tensor> kept;
 
-  Tensor floats(const Sizes& sizes) {
-    return torch::stable::new_empty(like, sizes, std::make_optional(ScalarType::Float));
-  }
-  Tensor absent() { return torch::stable::new_empty(like, Sizes{0}); }
+  Tensor floats(const Sizes& sizes) { return fresh(like, sizes, ScalarType::Float); }
+  Tensor absent() { return mamba::absent(like); }
   float* scratch(const Sizes& sizes) {
     kept.push_back(floats(sizes));
     return mutable_float_data(kept.back());
   }
   int* integers(int64_t count) {
-    kept.push_back(
-        torch::stable::new_empty(like, Sizes{count}, std::make_optional(ScalarType::Int)));
+    kept.push_back(fresh(like, Sizes{count}, ScalarType::Int));
     return static_cast<int*>(kept.back().data_ptr());
   }
 };
@@ -163,8 +159,7 @@ NineTensors scan_backward(Tensor dout, OptionalTensor dfinal_state, Tensor u, Te
               : z.has_value()     ? empty_like_layout(*z)
                                   : memory.absent();
   Tensor dA = memory.floats({p.channels, p.state_dim});
-  Tensor dB = torch::stable::new_empty(B, sizes_of(B)),
-         dC = torch::stable::new_empty(C, sizes_of(C));
+  Tensor dB = fresh(B, sizes_of(B)), dC = fresh(C, sizes_of(C));
   Tensor dD = D.has_value() ? memory.floats({p.channels}) : memory.absent();
   Tensor dbias = delta_bias.has_value() ? memory.floats({p.channels}) : memory.absent();
   Tensor dinitial = initial_state.has_value() ? memory.floats(sdn) : memory.absent();

@@ -13,8 +13,8 @@ inline bool is_channel_last(const Tensor& x) {
 // Fresh memory of the shape, layout and dtype of x (b, d, l).
 inline Tensor empty_like_layout(const Tensor& x) {
   const int64_t b = x.size(0), d = x.size(1), l = x.size(2);
-  if (!is_channel_last(x)) return torch::stable::new_empty(x, std::vector<int64_t>{b, d, l});
-  return torch::stable::transpose(torch::stable::new_empty(x, std::vector<int64_t>{b, l, d}), 1, 2);
+  if (!is_channel_last(x)) return fresh(x, {b, d, l});
+  return fresh_strided(x, {b, d, l}, {d * std::max<int64_t>(l, 1), 1, d});
 }
 
 }  // namespace mamba

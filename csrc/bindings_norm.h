@@ -34,11 +34,11 @@ inline NormResults allocate_norm_results(const char* op, NormParams& p, const Te
       op, ": residual_dtype must be float32, float16 or bfloat16, got ",
       torch::headeronly::toString(wanted));
   const std::vector<int64_t> sizes{p.rows, p.size};
-  NormResults r{torch::stable::new_empty(x, sizes), absent(x),
-                new_floats(x, {p.is_rms ? 0 : p.rows}), new_floats(x, {p.rows})};
+  NormResults r{fresh(x, sizes), absent(x), new_floats(x, {p.is_rms ? 0 : p.rows}),
+                new_floats(x, {p.rows})};
   p.y = tensor_arg(op, "y", r.y, sizes, x);
   if (residual.has_value() || wanted != x.scalar_type()) {
-    r.residual_out = torch::stable::new_empty(x, sizes, wanted);
+    r.residual_out = fresh(x, sizes, wanted);
     p.residual_out = tensor_arg(op, "residual_out", r.residual_out, sizes, x);
   }
   p.mean = floats_of(r.mean);
@@ -78,11 +78,10 @@ inline NormGradients allocate_norm_gradients(const char* op, NormParams& p, cons
                                              std::optional<ScalarType> dx_dtype,
                                              std::optional<ScalarType> other_dtype) {
   const std::vector<int64_t> sizes{p.rows, p.size};
-  NormGradients g{torch::stable::new_empty(dy, sizes, dx_dtype.value_or(ScalarType::Float)),
-                  absent(dy)};
+  NormGradients g{fresh(dy, sizes, dx_dtype.value_or(ScalarType::Float)), absent(dy)};
   p.dx = tensor_arg(op, "dx", g.dx, sizes, dy);
   if (other_dtype.has_value()) {
-    g.other = torch::stable::new_empty(dy, sizes, *other_dtype);
+    g.other = fresh(dy, sizes, *other_dtype);
     p.other = tensor_arg(op, "other", g.other, sizes, dy);
   }
   return g;

@@ -34,7 +34,7 @@ struct ScanCall {
                     torch::headeronly::toString(t->scalar_type()));
     STD_TORCH_CHECK(sizes_of(*t) == shape, op, ": ", name, " must have shape ", shape_text(shape),
                     ", got ", shape_text(sizes_of(*t)));
-    kept.push_back(torch::stable::contiguous(*t));
+    kept.push_back(contiguous_of(*t));
     return float_data(kept.back());
   }
 
@@ -63,7 +63,7 @@ struct ScanCall {
     STD_TORCH_CHECK(sizes_of(*seq_idx) == (Sizes{p.batch, p.length}), op,
                     ": seq_idx must have shape ", shape_text({p.batch, p.length}), ", got ",
                     shape_text(sizes_of(*seq_idx)));
-    kept.push_back(torch::stable::contiguous(*seq_idx));
+    kept.push_back(contiguous_of(*seq_idx));
     p.seq_idx = static_cast<const int32_t*>(kept.back().data_ptr());
     p.seq_idx_stride[0] = p.length;
     p.seq_idx_stride[1] = 1;

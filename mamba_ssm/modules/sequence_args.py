@@ -39,6 +39,8 @@ def resolve_packing(
     initial state. Raises ValueError (shape, more than one argument, row counts that do not
     agree) and TypeError (dtype).
     """
+    if seq_idx is cu_seqlens is attention_mask is num_sequences is state_rows is None:
+        return Packing(None, batch)
     given = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:

@@ -19,7 +19,7 @@ _REMEDY = (
 )
 
 
-def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     """Whether reading ``module.weight`` does exactly what calling the module does.
 
     Not so for LoRA and other replacements, quantised weights (another module type, or a tensor

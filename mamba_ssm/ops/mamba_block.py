@@ -26,7 +26,7 @@ from ._checks import check_dtype, check_shape
 from .chunking import chunk_size_for
 from .dtypes import accumulate_dtype, kernel_dtype, no_wider_than
 from .mamba_inner import _check_inner, _compose, _Options
-from .mamba_inner_steps import SMALL_WEIGHT, Args, _weight_gradient, gradient_dtype
+from .mamba_inner_steps import SMALL_WEIGHT, Args, _weight_gradient
 
 
 class BlockArgs(NamedTuple):
@@ -146,7 +146,13 @@ class MambaBlockFn(torch.autograd.Function):
                 )
             else:
                 ctx.maybe_clear_saved_tensors()  # does nothing where the graph is kept
-                grads = _backward(ctx, saved, dout)
+                found = (_backward_in_one if ctx.in_one else _backward)(ctx, saved, dout)
+                grads = [
+                    _matching(found.get(name), like) if want else None
+                    for name, like, want in zip(
+                        BlockArgs._fields, tensors, ctx.needs_input_grad[3:], strict=True
+                    )
+                ]
         return (None, None, None, *grads)
 
 
@@ -155,8 +161,8 @@ def _forward_in_one(ctx, t: BlockArgs, keep_states: bool) -> Tensor:
     op = backend.resolve("_mamba_block_fwd", t.hidden.device.type, ctx.in_one)
     ctx.chunk_size = chunk_size_for(t.hidden.shape[1], op, t.hidden.device.type, keep_states)
     out, rows, *saved = op(
-        t.hidden, t.in_proj, t.conv_weight.flatten(1), t.conv_bias, t.x_proj, t.dt_proj, t.dt_bias,
-        t.A_log, t.D, t.out_proj, ctx.in_one, ctx.chunk_size,
+        t.hidden, t.in_proj, t.conv_weight, t.conv_bias, t.x_proj, t.dt_proj, t.dt_bias, t.A_log,
+        t.D, t.out_proj, ctx.in_one, ctx.chunk_size,
     )  # fmt: skip
     if keep_states:
         saved, used = saved[:5], saved[6:]
@@ -167,21 +173,69 @@ def _forward_in_one(ctx, t: BlockArgs, keep_states: bool) -> Tensor:
     return out
 
 
-def _backward_in_one(ctx, t: BlockArgs, wanted: BlockArgs, rest: list, d: dict) -> None:
-    """Fills ``d`` with what is left after out_proj's gradients, in one call of the kernels."""
-    d_rows, out_proj, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj = rest
-    bits = wanted.hidden + 2 * wanted.in_proj + 4 * wanted.x_proj + 8 * wanted.dt_proj
-    op = backend.resolve("_mamba_block_bwd", xz.device.type, xz.dtype)
+# Bytes of xz up to which a backward is one call. Beyond, the host's time is hidden behind the
+# kernels', and memory counts: what was used last is let go between the steps.
+ONE_CALL_BYTES = 1 << 25
+
+
+def _gradient_dtype(like: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """In what a product of ``dtype`` gives the gradient of ``like``."""
+    narrow = dtype in (torch.float16, torch.bfloat16) and like.dtype == torch.float32
+    return torch.float32 if narrow else dtype
+
+
+def _product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    if _gradient_dtype(like, a.dtype) == a.dtype:
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _backward_in_one(ctx, saved: list[Tensor | None], dout: Tensor) -> dict[str, Tensor]:
+    """Gradients of BlockArgs by name. ``saved`` is emptied."""
+    wanted = BlockArgs(*ctx.needs_input_grad[3:])
+    t = BlockArgs(*saved[: len(BlockArgs._fields)])
+    rows, xz, x_dbl, A, y, states, in_proj, x_proj, dt_proj, out_proj = saved[len(t) :]
+    saved.clear()
+    dtype, d = xz.dtype, {}
+    staged = xz.numel() * xz.element_size() > ONE_CALL_BYTES
+    rows = t.hidden.view(xz.shape[0], -1) if rows is None else rows
+    d_rows = dout.reshape(xz.shape[0], dout.shape[2])
+    d_rows = d_rows if d_rows.dtype == dtype else d_rows.to(dtype)
+    bits = 4 * wanted.x_proj + 8 * wanted.dt_proj
+    if staged:
+        bits += 32
+        if wanted.out_proj:
+            # Before any product: torch warns where a thread's first work on a GPU is one.
+            torch.zeros((), device=xz.device)
+            d["out_proj"] = _product(d_rows.t(), y, t.out_proj)
+        y = None
+    else:
+        bits += wanted.hidden + 2 * wanted.in_proj + 16 * wanted.out_proj
+        in_proj = t.in_proj.to(dtype) if in_proj is None else in_proj
+    # A weight that was not kept is cast again, in_proj's after the peak of memory.
+    x_proj = t.x_proj.to(dtype) if x_proj is None else x_proj
+    dt_proj = t.dt_proj.to(dtype) if dt_proj is None else dt_proj
+    out_proj = t.out_proj.to(dtype) if out_proj is None else out_proj
+    op = backend.resolve("_mamba_block_bwd", xz.device.type, dtype)
     (
         d["hidden"], d["in_proj"], d["conv_weight"], d["conv_bias"], d["x_proj"], d["dt_proj"],
-        d["dt_bias"], d["A_log"], d["D"],
+        d["dt_bias"], d["A_log"], d["D"], d_out, dxz,
     ) = op(
-        d_rows, out_proj, conv, rows, xz, x_dbl, A, states, in_proj, t.conv_weight.flatten(1),
-        t.conv_bias,
-        x_proj, dt_proj, t.dt_bias, t.D, t.hidden.dtype, gradient_dtype(t.in_proj, xz.dtype),
-        gradient_dtype(t.x_proj, xz.dtype), gradient_dtype(t.dt_proj, xz.dtype), bits,
-        ctx.chunk_size,
+        d_rows, y, out_proj, rows, xz, x_dbl, A, states, in_proj, t.conv_weight, t.conv_bias,
+        x_proj, dt_proj, t.dt_bias, t.D, t.hidden.dtype, _gradient_dtype(t.in_proj, dtype),
+        _gradient_dtype(t.x_proj, dtype), _gradient_dtype(t.dt_proj, dtype),
+        _gradient_dtype(t.out_proj, dtype), bits, ctx.chunk_size,
     )  # fmt: skip
+    if not staged:
+        d["out_proj"] = d_out
+        return d
+    del d_rows, out_proj, xz, x_dbl, A, states, x_proj, dt_proj
+    if wanted.in_proj:
+        d["in_proj"] = _product(dxz.t(), rows, t.in_proj)
+    if wanted.hidden:
+        in_proj = t.in_proj.to(dtype) if in_proj is None else in_proj
+        d["hidden"] = _product(dxz, in_proj, t.hidden)
+    return d
 
 
 def _matching(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -191,8 +245,8 @@ def _matching(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
     return grad if grad.shape == like.shape else grad.view(like.shape)
 
 
-def _backward(ctx, saved: list[Tensor | None], dout: Tensor) -> list[Tensor | None]:
-    """Gradients of BlockArgs. ``saved`` is emptied: large tensors go after their last use."""
+def _backward(ctx, saved: list[Tensor | None], dout: Tensor) -> dict[str, Tensor | None]:
+    """Gradients of BlockArgs by name. ``saved`` is emptied: what is large goes after its use."""
     s, wanted = ctx.sizes, BlockArgs(*ctx.needs_input_grad[3:])
     t = BlockArgs(*saved[: len(BlockArgs._fields)])
     rows, xz, x_dbl, A, y, states, *used = saved[len(BlockArgs._fields) :]
@@ -214,15 +268,12 @@ def _backward(ctx, saved: list[Tensor | None], dout: Tensor) -> list[Tensor | No
         d["out_bias"] = d_rows.sum(dim=0, dtype=accumulate_dtype(dout))
     rest = [d_rows, out_proj, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj]
     del y, d_rows, out_proj, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj
-    (_backward_in_one if ctx.in_one else _backward_by_op)(ctx, t, wanted, rest, d)
-    return [
-        _matching(grad, like) if want else None
-        for grad, like, want in zip(d.values(), t, wanted, strict=True)
-    ]
+    _backward_by_op(ctx, t, wanted, rest, d)
+    return d
 
 
 def _backward_by_op(ctx, t: BlockArgs, wanted: BlockArgs, rest: list, d: dict) -> None:
-    """What :func:`_backward_in_one` does, op by op. ``rest`` is emptied as ``saved`` is."""
+    """Fills ``d`` with what is left after out_proj's gradients. ``rest`` is emptied."""
     s = ctx.sizes
     d_rows, out_proj, conv, rows, xz, x_dbl, A, states, in_proj, x_proj, dt_proj = rest
     rest.clear()
@@ -387,7 +438,7 @@ def mamba_block_with_state(*args: Tensor | None) -> tuple[Tensor, Tensor, Tensor
     _check(t)
     op = backend.resolve("_mamba_block_fwd", device, dtype)
     out, _, xz, _, _, _, _, state, *_ = op(
-        t.hidden, t.in_proj, t.conv_weight.flatten(1), t.conv_bias, t.x_proj, t.dt_proj, t.dt_bias,
+        t.hidden, t.in_proj, t.conv_weight, t.conv_bias, t.x_proj, t.dt_proj, t.dt_bias,
         t.A_log, t.D, t.out_proj, dtype, chunk_size_for(t.hidden.shape[1], op, device, False),
     )  # fmt: skip
     d, n = t.A_log.shape

@@ -197,8 +197,8 @@ def _block_fwd_fake(
 
 
 def _block_bwd_fake(
-    d_rows, out_proj, conv, rows, xz, x_dbl, A, states, in_proj, conv_weight, conv_bias, x_proj,
-    dt_proj, dt_bias, D, hidden_dtype, in_dtype, x_dtype, dt_dtype, wanted, chunk_size,
+    d_rows, y, out_proj, rows, xz, x_dbl, A, states, in_proj, conv_weight, conv_bias, x_proj,
+    dt_proj, dt_bias, D, hidden_dtype, in_dtype, x_dtype, dt_dtype, out_dtype, wanted, chunk_size,
 ):  # fmt: skip
     wide = torch.promote_types(xz.dtype, torch.float32)
 
@@ -207,8 +207,9 @@ def _block_bwd_fake(
             return _absent(xz)
         return xz.new_empty(like.shape, dtype=wide if dtype == torch.float32 else xz.dtype)
 
+    d_hidden = gradient(1, rows, hidden_dtype)
     return (
-        gradient(1, rows, hidden_dtype),
+        d_hidden.unflatten(0, (states.shape[0], -1)) if wanted & 1 else d_hidden,
         gradient(2, in_proj, in_dtype),
         conv_weight.new_empty(conv_weight.shape, dtype=wide),
         _optional_like(conv_bias, xz, wide),
@@ -217,6 +218,8 @@ def _block_bwd_fake(
         _optional_like(dt_bias, xz, wide),
         A.new_empty(A.shape),
         D.new_empty(D.shape, dtype=wide),
+        gradient(16, out_proj, out_dtype),
+        torch.empty_like(xz) if wanted & 32 else _absent(xz),
     )
 
 
@@ -336,16 +339,16 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         "_mamba_block_bwd",
-        "(Tensor d_rows, Tensor out_proj, Tensor conv, Tensor rows, Tensor xz, Tensor x_dbl, "
-        "Tensor A, Tensor states, "
-        "Tensor in_proj, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, "
-        "Tensor? dt_bias, Tensor D, ScalarType hidden_dtype, ScalarType in_dtype, "
-        "ScalarType x_dtype, ScalarType dt_dtype, int wanted, SymInt chunk_size) -> "
+        "(Tensor d_rows, Tensor? y, Tensor out_proj, Tensor? rows, Tensor xz, Tensor x_dbl, "
+        "Tensor A, Tensor states, Tensor? in_proj, Tensor conv_weight, Tensor? conv_bias, "
+        "Tensor x_proj, Tensor dt_proj, Tensor? dt_bias, Tensor D, ScalarType hidden_dtype, "
+        "ScalarType in_dtype, ScalarType x_dtype, ScalarType dt_dtype, ScalarType out_dtype, "
+        "int wanted, SymInt chunk_size) -> "
         "(Tensor d_hidden, Tensor d_in, Tensor d_conv_weight, Tensor d_conv_bias, Tensor d_x, "
-        "Tensor d_dt, Tensor d_dt_bias, Tensor dA_log, Tensor dD)",
-        "gradients of _mamba_block_fwd from d_rows, that of out's rows, and conv (b,d,l); those "
-        "of hidden's rows, in_proj, x_proj, dt_proj where bits 1, 2, 4, 8 of wanted are set, in "
-        "fp32 where their dtype is",
+        "Tensor d_dt, Tensor d_dt_bias, Tensor dA_log, Tensor dD, Tensor d_out, Tensor dxz)",
+        "gradients of _mamba_block_fwd from d_rows, that of out's rows; those of hidden, in_proj, "
+        "x_proj, dt_proj, out_proj and xz where bits 1, 2, 4, 8, 16, 32 of wanted are set, in "
+        "fp32 where their dtype is; y goes with bit 16, rows and in_proj with bits 1 and 2",
         _ref_block.mamba_block_bwd,
         _block_bwd_fake,
     ),

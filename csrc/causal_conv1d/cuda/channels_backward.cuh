@@ -10,13 +10,21 @@ constexpr int kBackwardChannels = 4;  // of a lane
 constexpr int kBackwardBlocks = 4;    // of a multiprocessor
 constexpr int kRingBytes = 32 << 10;  // of a block
 
+inline int multiprocessors() {
+  thread_local int known_device = -1, count = 1;
+  int device = 0;
+  cudaGetDevice(&device);
+  if (device != known_device) {
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    known_device = device;
+  }
+  return count;
+}
+
 // The steps of a warp: those that keep all multiprocessors busy for the shortest time.
 inline int64_t backward_steps(const ConvParams& p) {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   constexpr int64_t kLeast = 32, kMost = 256, kBegin = 12;  // kBegin: what a warp costs, in steps
-  const int64_t slots = int64_t{count} * kBackwardBlocks;
+  const int64_t slots = int64_t{multiprocessors()} * kBackwardBlocks;
   int64_t best = kLeast, least = INT64_MAX;
   for (int64_t steps = kLeast; steps <= kMost; steps += 8) {
     const int64_t blocks = channels_blocks(p, kBackwardChannels, steps);
@@ -24,15 +32,6 @@ inline int64_t backward_steps(const ConvParams& p) {
     if (cost < least) best = steps, least = cost;
   }
   return best;
-}
-
-// BYTES (8 or 16) from global to shared memory without a register between; zeros unless `there`.
-template <int BYTES>
-__device__ __forceinline__ void copy_ahead(void* to, const void* from, bool there) {
-  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from),
-               "n"(BYTES), "r"(there ? BYTES : 0)
-               : "memory");
 }
 
 // What a lane reads: U steps of x and dout a stage.
@@ -156,8 +155,10 @@ __global__ void __launch_bounds__(kChannelsThreads, kBackwardBlocks)
 #pragma unroll
         for (int k = 0; k < U; ++k) {
           const bool there = stage * U + k < copied;
-          copy_ahead<Ring::kBytes>(&places[k][0][threadIdx.x], there ? from : x, there);
-          copy_ahead<Ring::kBytes>(&places[k][1][threadIdx.x], there ? from_dout : x, there);
+          copy_ahead<Ring::kBytes>(&places[k][0][threadIdx.x], there ? from : x,
+                                   there ? Ring::kBytes : 0);
+          copy_ahead<Ring::kBytes>(&places[k][1][threadIdx.x], there ? from_dout : x,
+                                   there ? Ring::kBytes : 0);
           from += x_pitch, from_dout += dout_pitch;
         }
       }

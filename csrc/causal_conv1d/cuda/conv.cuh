@@ -167,6 +167,16 @@ __device__ __forceinline__ void store_packed(const float (&v)[V], T* to) {
   }
 }
 
+// BYTES (8 or 16) from global to shared memory without a register between; zeros after `count`
+// bytes.
+template <int BYTES>
+__device__ __forceinline__ void copy_ahead(void* to, const void* from, int count) {
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from),
+               "n"(BYTES), "r"(count)
+               : "memory");
+}
+
 // Elements (row, channel, step) of a tensor laid out like x, neighbouring threads on neighbouring
 // memory.
 struct ConvElement {

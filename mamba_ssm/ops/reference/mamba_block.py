@@ -52,7 +52,7 @@ def mamba_block_fwd(
     rows = hidden.flatten(0, 1).to(dtype)
     xz = rows @ w_in.t()
     x = _sequences(xz[:, : D.shape[0]], b)
-    conv, _ = causal_conv1d_fwd(x, conv_weight, conv_bias, None, None, b, True)
+    conv, _ = causal_conv1d_fwd(x, conv_weight.flatten(1), conv_bias, None, None, b, True)
     x_dbl = _rows(conv) @ w_x.t()
     delta = _sequences(x_dbl[:, : dt_proj.shape[1]] @ w_dt.t(), b)
     A = -torch.exp(A_log.to(torch.promote_types(dtype, torch.float32)))
@@ -68,14 +68,14 @@ def mamba_block_fwd(
 
 def mamba_block_bwd(
     d_rows: Tensor,
+    y: Tensor | None,
     out_proj: Tensor,
-    conv: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     xz: Tensor,
     x_dbl: Tensor,
     A: Tensor,
     states: Tensor,
-    in_proj: Tensor,
+    in_proj: Tensor | None,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     x_proj: Tensor,
@@ -86,18 +86,21 @@ def mamba_block_bwd(
     in_dtype: torch.dtype,
     x_dtype: torch.dtype,
     dt_dtype: torch.dtype,
+    out_dtype: torch.dtype,
     wanted: int,
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
     """Internal op ``_mamba_block_bwd``: see ``ops/schema.py`` for shapes."""
-    b, rank, none = conv.shape[0], dt_proj.shape[1], xz.new_empty((0,))
+    b, rank, none = states.shape[0], dt_proj.shape[1], xz.new_empty((0,))
 
-    def product(bit: int, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    def product(bit: int, a: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tensor:
         if not wanted & bit:
             return none.clone()
         wide = dtype == torch.float32 and a.dtype != torch.float64
         return a.float() @ b.float() if wide else a @ b
 
+    x, taps = _sequences(xz[:, : D.shape[0]], b), conv_weight.flatten(1)
+    conv, _ = causal_conv1d_fwd(x, taps, conv_bias, None, None, b, True)
     delta = _sequences(x_dbl[:, :rank] @ dt_proj.t(), b)
     inputs = _scan_inputs(conv, delta, xz, x_dbl, A, D, dt_bias, chunk_size)
     du, ddelta, dA, dB, dC, dD, dz, d_dt_bias, _ = selective_scan_bwd(
@@ -106,19 +109,21 @@ def mamba_block_bwd(
     ddelta = _rows(ddelta)
     dx_dbl = torch.cat([ddelta @ dt_proj, _rows(dB.squeeze(1)), _rows(dC.squeeze(1))], dim=1)
     d_conv = _sequences(_rows(du) + dx_dbl @ x_proj, b)
-    x = _sequences(xz[:, : D.shape[0]], b)
-    dx, d_conv_weight, d_conv_bias, _ = causal_conv1d_bwd(
-        d_conv, None, x, conv_weight, conv_bias, None, None, b, True
+    dx, d_taps, d_conv_bias, _ = causal_conv1d_bwd(
+        d_conv, None, x, taps, conv_bias, None, None, b, True
     )
     dxz = torch.cat([_rows(dx), _rows(dz)], dim=1)
+    d_hidden = product(1, dxz, in_proj, hidden_dtype)
     return (
-        product(1, dxz, in_proj, hidden_dtype),
+        d_hidden.unflatten(0, (b, -1)) if wanted & 1 else d_hidden,
         product(2, dxz.t(), rows, in_dtype),
-        d_conv_weight,
+        d_taps.view(conv_weight.shape),
         d_conv_bias,
         product(4, dx_dbl.t(), _rows(conv), x_dtype),
         product(8, ddelta.t(), x_dbl[:, :rank], dt_dtype),
         d_dt_bias,
         dA * A,
         dD,
+        product(16, d_rows.t(), y, out_dtype),
+        dxz if wanted & 32 else none.clone(),
     )
