@@ -18,7 +18,8 @@ struct Blocks {
 // One unit: a slice of channels of one row, chunk after chunk from the end.
 class Walk {
  public:
-  Walk(const ScanGradients& g, const ScanEvents& events, const ScanUnit& unit)
+  // `tiles` has tile_floats() zeros. It is too large to ask the system for at every unit.
+  Walk(const ScanGradients& g, const ScanEvents& events, const ScanUnit& unit, Buffer& tiles)
       : g_(g),
         p_(g.forward),
         unit_(unit),
@@ -26,7 +27,7 @@ class Walk {
         after_(events.row_after(unit.row)),
         n_(p_.state_dim),
         steps_(std::min(p_.chunk_size, p_.length)),
-        chunks_at_once_(std::max<int64_t>(1, kTile / p_.chunk_size)),
+        chunks_at_once_(chunks_at_once(p_)),
         A_(n_ * kRow),
         dA_(n_ * kRow),
         state_(n_ * kRow),
@@ -35,7 +36,7 @@ class Walk {
         C_(p_, unit, p_.C, p_.constant_C, chunks_at_once_ * steps_),
         dB_(p_.constant_B ? n_ * kRow : 0),
         dC_(p_.constant_C ? n_ * kRow : 0),
-        tiles_(chunks_at_once_ * steps_ * kStepRow) {
+        tiles_(tiles) {
     for_each_block([&](const Block& block) {
       store(D_ + block.lane, stage_row(p_.D, block.channel, block.count));
       store(bias_ + block.lane, stage_row(p_.delta_bias, block.channel, block.count));
@@ -48,6 +49,10 @@ class Walk {
     for (int64_t i = 0; i < n_ * kRow; i += kLanes) {
       store(A_.get() + i, load(A_.get() + i) * kLog2e);
     }
+  }
+
+  static int64_t tile_floats(const ScanParams& p) {
+    return chunks_at_once(p) * std::min(p.chunk_size, p.length) * kStepRow;
   }
 
   void run() {
@@ -74,6 +79,10 @@ class Walk {
   }
 
  private:
+  static int64_t chunks_at_once(const ScanParams& p) {
+    return std::max<int64_t>(1, kTile / p.chunk_size);
+  }
+
   template <class F>
   void for_each_block(F&& f) const {
     for (int64_t lane = 0; lane < unit_.channels; lane += kLanes) {
@@ -339,7 +348,8 @@ class Walk {
   bool lines_spread_ = false;
   Buffer A_, dA_, state_, dstate_;
   ProjectionTile B_, C_;
-  Buffer dB_, dC_, tiles_;
+  Buffer dB_, dC_;
+  Buffer& tiles_;
   Lines lines_;
   alignas(64) float D_[kRow], bias_[kRow], dD_[kRow] = {}, dbias_[kRow] = {};
 };
@@ -347,7 +357,11 @@ class Walk {
 }  // namespace
 
 void scan_backward(const ScanGradients& g, const ScanEvents& events, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) Walk(g, events, scan_unit(g.forward, i)).run();
+  Buffer tiles(Walk::tile_floats(g.forward));
+  for (int64_t i = begin; i < end; ++i) {
+    if (i > begin) tiles.clear();
+    Walk(g, events, scan_unit(g.forward, i), tiles).run();
+  }
   end_of_stream();
 }
 

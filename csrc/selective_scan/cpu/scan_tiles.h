@@ -17,16 +17,18 @@ constexpr int kMaxBlocks = static_cast<int>(kSliceChannels) / kLanes;
 class Buffer {
  public:
   explicit Buffer(int64_t floats)
-      : data_(static_cast<float*>(
-            ::operator new[](sizeof(float) * (floats + kLanes), std::align_val_t(64)))) {
-    std::memset(data_.get(), 0, sizeof(float) * (floats + kLanes));
+      : bytes_(sizeof(float) * static_cast<size_t>(floats + kLanes)),
+        data_(static_cast<float*>(::operator new[](bytes_, std::align_val_t(64)))) {
+    clear();
   }
+  void clear() { std::memset(data_.get(), 0, bytes_); }
   float* get() { return data_.get(); }
 
  private:
   struct Free {
     void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
   };
+  size_t bytes_;
   std::unique_ptr<float[], Free> data_;
 };
 
