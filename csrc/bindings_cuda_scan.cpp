@@ -69,13 +69,27 @@ namespace {
 struct BackwardMemory {
   const Tensor& like;
   std::vector<Tensor> kept;
+  float* next = nullptr;
+  int64_t left = 0;
 
   Tensor floats(const Sizes& sizes) { return fresh(like, sizes, ScalarType::Float); }
   Tensor absent() { return mamba::absent(like); }
-  float* scratch(const Sizes& sizes) {
-    kept.push_back(floats(sizes));
-    return mutable_float_data(kept.back());
+  // Scratch memory comes out of one allocation as long as that lasts.
+  void reserve(int64_t count) {
+    kept.push_back(floats({count}));
+    next = mutable_float_data(kept.back()), left = count;
   }
+  float* scratch(const Sizes& sizes) {
+    int64_t count = 1;
+    for (const int64_t size : sizes) count *= size;
+    count = padded(count);
+    if (count > left) reserve(count);
+    float* const from = next;
+    next += count, left -= count;
+    return from;
+  }
+  // Every piece begins at a multiple of 256 bytes.
+  static int64_t padded(int64_t count) { return (count + 63) / 64 * 64; }
   int* integers(int64_t count) {
     kept.push_back(fresh(like, Sizes{count}, ScalarType::Int));
     return static_cast<int*>(kept.back().data_ptr());
@@ -102,6 +116,15 @@ struct BackwardSums {
     return tensor_arg(call.op, name, t, sizes_of(t), t);
   }
 };
+
+// The floats that a backward with selective B and C takes as scratch.
+int64_t backward_scratch(int64_t parts, const ScanParams& p, const BackwardPlan& plan) {
+  const auto padded = BackwardMemory::padded;
+  const int64_t states = p.channels * p.state_dim;
+  int64_t count = padded(parts * states) + 2 * padded(parts * p.channels);
+  count += 2 * padded(p.batch * plan.slices * p.state_dim * plan.padded_length);
+  return count + (plan.segments > 1 ? 2 * padded(p.batch * plan.segments * states) : 0);
+}
 
 // The states that enter each chunk of kCudaChunk steps, if the forward kept fewer.
 void recompute_chunk_states(ScanCall& call, const CudaScanEvents& events, const Tensor& u,
@@ -146,7 +169,7 @@ NineTensors scan_backward(Tensor dout, OptionalTensor dfinal_state, Tensor u, Te
   g.dfinal_state = call.states("dfinal_state", dfinal_state, sdn);
   p.chunk_states = const_cast<float*>(
       call.states("chunk_states", chunk_states, {p.batch, p.chunks, p.channels, p.state_dim}));
-  BackwardMemory memory{u, {}};
+  BackwardMemory memory{u};
   const DeviceEvents device(call, u, stream);
   if (p.batch * p.channels * p.length > 0) {
     recompute_chunk_states(call, device.events, u, memory, stream);
@@ -170,17 +193,18 @@ NineTensors scan_backward(Tensor dout, OptionalTensor dfinal_state, Tensor u, Te
   STD_TORCH_CHECK(plan.warps > 0, call.op, ": a state of ", p.state_dim,
                   " does not fit this GPU's shared memory; choose the reference backend");
   const int64_t parts = p.length > 0 ? p.batch * plan.segments : 0;
+  const Sizes slices{p.batch, plan.slices, p.state_dim, plan.padded_length};
+  const Sizes segments{p.batch, plan.segments, p.channels, p.state_dim};
+  memory.reserve(backward_scratch(parts, p, plan));
   BackwardSums sums{{}, memory, parts};
   g.dA = sums.add(call, "dA", dA);
   if (D.has_value()) g.dD = sums.add(call, "dD", dD);
   if (delta_bias.has_value()) g.ddelta_bias = sums.add(call, "ddelta_bias", dbias);
-  const Sizes slices{p.batch, plan.slices, p.state_dim, plan.padded_length};
   g.dB = p.constant_B ? sums.add(call, "dB", dB) : memory.scratch(slices);
   g.dC = p.constant_C ? sums.add(call, "dC", dC) : memory.scratch(slices);
 
   BackwardScratch scratch;
   if (plan.segments > 1) {
-    const Sizes segments{p.batch, plan.segments, p.channels, p.state_dim};
     scratch.adjoint = memory.scratch(segments), scratch.decay = memory.scratch(segments);
   }
   if (initial_state.has_value()) {
