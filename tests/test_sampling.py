@@ -183,3 +183,23 @@ def test_bad_penalty(penalty):
 def test_bad_shape(shape):
     with pytest.raises(ValueError, match="logits must be"):
         sample(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("vocab", [5, 2048, 11_264, 11_265, 50_280])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_greedy_takes_what_argmax_takes(vocab, dtype):
+    """Also among equals, at both ends, beside infinities and with a NaN."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(12, vocab, generator=generator).to(dtype)
+    logits[1], logits[2] = 0.0, -torch.inf
+    logits[3, -1] = logits[4, 0] = 9.0
+    logits[5, vocab // 2] = torch.nan
+    logits[6, :: max(1, vocab // 7)] = 9.0
+    logits[7, -2:] = 9.0
+    logits[8, vocab // 3], logits[9, vocab // 3] = torch.inf, -torch.inf
+    logits[10, 1], logits[10, -1] = torch.nan, torch.inf
+    before = logits.clone()
+    assert torch.equal(sample(logits), logits.argmax(-1))
+    assert torch.equal(sample(logits[:, ::2]), logits[:, ::2].argmax(-1))
+    assert sample(logits[:0]).shape == (0,)
+    torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)

@@ -130,6 +130,30 @@ def filtered_logits(
     return logits
 
 
+# Logits in a piece of a row, whose maximum is found by whole vectors; how many make that worth it.
+_PIECE = 512
+_MANY = 2**17
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token of every row (batch, vocab): the first one among equals, or a NaN.
+
+    On the CPU ``argmax`` compares number by number, which takes up to a tenth of a decode step of
+    16 rows; maxima alone are several times as fast, and tell where to look.
+    """
+    vocab = logits.shape[-1]
+    if logits.device.type != "cpu" or vocab < 4 * _PIECE or logits.numel() < _MANY:
+        return logits.argmax(dim=-1)
+    whole = vocab // _PIECE * _PIECE
+    maxima = logits[:, :whole].unflatten(-1, (-1, _PIECE)).amax(-1)
+    if whole < vocab:
+        maxima = torch.cat([maxima, logits[:, whole:].amax(-1, keepdim=True)], -1)
+    start = maxima.argmax(-1, keepdim=True) * _PIECE
+    # The last number again beyond the end: never the first one among equals.
+    inside = (start + torch.arange(_PIECE)).clamp_(max=vocab - 1)
+    return start.squeeze(-1) + logits.gather(-1, inside).argmax(-1)
+
+
 def sample(
     logits: Tensor,
     top_k: int = 1,
@@ -159,7 +183,7 @@ def sample(
     if logits.dim() != 2 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be (batch, vocab > 0), got shape {tuple(logits.shape)}")
     if top_k == 1 or temperature == 0.0:
-        return logits.argmax(dim=-1)
+        return greedy(logits)
     if logits.shape[0] == 0:
         return torch.empty(0, dtype=torch.long, device=logits.device)
     probs = torch.softmax(filtered_logits(logits, top_k, top_p, min_p, temperature), dim=-1)
