@@ -148,7 +148,8 @@ def test_scan(size, channel_last, device_memory):
     }
     grad = _sequences(*size, channel_last)
     dims = {"out": 1, "u": 1, "delta": 1, "A": 0}
-    picked = [0, 1, d // 2, d - 2, d - 1]
+    # A's gradient has two numbers a channel: more channels, so that its errors are no luck.
+    picked = [0, 1, *range(d // 17, d - 2, d // 17), d - 2, d - 1]
     _assert_slices(selective_scan_fn, inputs, grad, dims, picked)
 
 

@@ -23,7 +23,7 @@ struct BackwardShape {
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kWarpChannels = 8, kChannels = kWarps * kWarpChannels;
   static constexpr int kStates = 16;  // staged at once
-  static constexpr int kRing = 4;     // states whose sums over the warps are on their way
+  static constexpr int kRing = 3;     // states whose sums over the warps are on their way
   static constexpr int kMinBlocks = 12 / kWarps;  // 168 registers a thread
 };
 
@@ -119,8 +119,8 @@ struct BackwardMemory {
   static constexpr int kTensors = 9;            // u, delta, dout, z, du, ddelta, dz, B, C
   static constexpr int kStarts = kTensors + 3;  // and partial dC, partial dB, chunk states
 
-  int u, delta, dout, z, stage, B_raw, C_raw, columns, projections, entering, sums, barriers,
-      records, constants, totals, starts, numbers, total;
+  int u, delta, dout, z, stage, B_raw, C_raw, columns, projections, entering, deltas, sums,
+      barriers, records, constants, totals, starts, numbers, total;
 
   __host__ __device__ BackwardMemory(const BackwardArgs& a, int stages) {
     int at = 0;
@@ -140,6 +140,7 @@ struct BackwardMemory {
     columns = take(32 * 32);
     projections = take(S::kStates * kStatePitch * 4);
     entering = take(2 * S::kChannels * kEnterPitch * 4);
+    deltas = take(S::kThreads * S::L * 4);  // [four steps of a lane][thread]
     sums = take(S::kRing * S::kWarps * 1024);
     barriers = take(2 * S::kRing * 8);
     records = take(static_cast<int>(a.p.state_dim) * kRecordPitch * 4);

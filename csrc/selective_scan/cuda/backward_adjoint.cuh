@@ -15,9 +15,12 @@ __device__ __forceinline__ void tile_map(const StateRun<S, kGeneral>& run, int s
                                          float A, float& g, float& P) {
   const BackwardLane& lane = run.lane;
   constexpr int L = S::L;
-  float decay[L], grad[L];
+  StateSteps<S> s;
+  float grad[L];
+  s.A = A;
+  run.read_decays(s.decay, A);
 #pragma unroll
-  for (int i = 0; i < L; ++i) decay[i] = exp2_fast(lane.delta[i] * A);
+  for (int i = 0; i < L; ++i) s.input[i] = 0.0f;
 #pragma unroll
   for (int q = 0; q < L / 4; ++q) {
     float C[4];
@@ -25,15 +28,12 @@ __device__ __forceinline__ void tile_map(const StateRun<S, kGeneral>& run, int s
 #pragma unroll
     for (int i = 0; i < 4; ++i) grad[4 * q + i] = lane.dy[4 * q + i] * C[i];
   }
-  P = fminf(exp2_fast(lane.delta_sum * A), FLT_MAX);
-  if constexpr (kGeneral) {
-    float unused[L] = {};
-    run.apply_events(state, A, decay, unused, grad, P);
-  }
-  g = grad[L - 1];
+  s.P = fminf(exp2_fast(lane.delta_sum * A), FLT_MAX);
+  if constexpr (kGeneral) run.apply_events(state, s, grad);
+  P = s.P, g = grad[L - 1];
 #pragma unroll
-  for (int i = L - 2; i >= 0; --i) g = fmaf(decay[i + 1], g, grad[i]);
-  g *= decay[0];
+  for (int i = L - 2; i >= 0; --i) g = fmaf(s.decay[i + 1], g, grad[i]);
+  g *= s.decay[0];
 #pragma unroll
   for (int distance = S::kWarpChannels; distance < 32; distance *= 2) {
     g = fmaf(P, __shfl_down_sync(0xffffffffu, g, distance), g);
@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
         block.load_projections(last ? t0 + S::kSteps : t0, last ? 0 : first + S::kStates);
       }
       copies_commit();
-      const StateRun<S, kGeneral> run{a, at, lane, at.row * a.p.length + t0 + at.i() * S::L,
-                                      nullptr};
+      const StateRun<S, kGeneral> run{
+          a, at, lane, at.row * a.p.length + t0 + at.i() * S::L, nullptr, block.floats(m.deltas)};
       const float* from = block.floats(m.projections) + at.i() * M::kLanePitch;
       float* record = block.floats(m.records) + first * M::kRecordPitch + at.c();
 #pragma unroll 1

@@ -336,29 +336,6 @@ struct BackwardBlock {
     }
   }
 
-  // Sums over the segment's time, and what leaves the row's first step.
-  __device__ void end() const {
-    const int64_t parts = at.row * a.plan.segments + at.segment;
-    const int64_t size = a.p.channels * n, first = at.channel * n;
-    for (int i = at.thread(); i < n * at.channels; i += S::kThreads) {
-      const float* const record = floats(m.records) + i % n * M::kRecordPitch + i / n;
-      a.dA[parts * size + first + i] = record[2 * S::kChannels];
-      if constexpr (kGeneral) {
-        if (a.p.constant_B) a.dB[parts * size + first + i] = record[3 * S::kChannels];
-        if (a.p.constant_C) a.dC[parts * size + first + i] = record[4 * S::kChannels];
-      }
-      if (a.dinitial_state && !a.events.before && at.segment == 0) {
-        a.dinitial_state[at.row * size + first + i] = record[S::kChannels];
-      }
-    }
-    const float2 own = *totals();
-    const float d = sum_steps(own.x), bias = sum_steps(own.y);
-    if (at.i() != 0 || at.c() >= at.channels) return;
-    const int64_t to = parts * a.p.channels + at.channel + at.c();
-    if (a.dD) a.dD[to] = d;
-    if (a.ddelta_bias) a.ddelta_bias[to] = bias;
-  }
-
   using Steps = float[S::L];
   __device__ __forceinline__ void read(Steps& v, const char* tile, const TileSource& s) const {
     read_steps<Tile, 1, S::L>(reinterpret_cast<float (&)[1][S::L]>(v), tile, K::order(s),
@@ -387,25 +364,32 @@ struct BackwardBlock {
       read(z, stage + m.z, a.z);
       each([&](int i) { lane.dy[i] *= z[i] * sigmoid(z[i]); });
     }
-    read(lane.delta, stage + m.delta, a.delta);
+    Steps delta;
+    read(delta, stage + m.delta, a.delta);
     const float bias = constant(0);
-    each([&](int i) { lane.delta[i] += bias; });
-    if (a.p.delta_softplus) each([&](int i) { lane.delta[i] = softplus(lane.delta[i]); });
+    each([&](int i) { delta[i] += bias; });
+    if (a.p.delta_softplus) each([&](int i) { delta[i] = softplus(delta[i]); });
     read(u, stage + m.u, a.u);
     lane.masked = exist < S::L ? ~0u << exist : 0u;
     if constexpr (kGeneral) read_events(lane, t0 + t, exist);
-    each([&](int i) { lane.du[i] = lane.delta[i] * u[i]; });
+    each([&](int i) { lane.du[i] = delta[i] * u[i]; });
     const unsigned absent = at.c() < channels() ? lane.masked : ~0u;
     if (absent) {
       each([&](int i) {
-        if (absent >> i & 1) lane.delta[i] = lane.du[i] = lane.dy[i] = 0.0f;
+        if (absent >> i & 1) delta[i] = lane.du[i] = lane.dy[i] = 0.0f;
       });
     }
     lane.delta_sum = 0.0f;
     each([&](int i) {
-      lane.delta_sum += lane.delta[i];
+      lane.delta_sum += delta[i];
       lane.ddu[i] = lane.ddelta[i] = lane.y[i] = 0.0f;
     });
+    float4* const to = reinterpret_cast<float4*>(smem + m.deltas) + at.thread();
+#pragma unroll
+    for (int q = 0; q < S::L / 4; ++q) {
+      to[q * S::kThreads] =
+          make_float4(delta[4 * q], delta[4 * q + 1], delta[4 * q + 2], delta[4 * q + 3]);
+    }
   }
 
   __device__ __forceinline__ void read_events(Lane& lane, int64_t t, int exist) const {
@@ -425,7 +409,7 @@ struct BackwardBlock {
   __device__ __forceinline__ void finish(Lane& lane, char* stage) const {
     constexpr float kLn2 = 0.693147180559945309417f;  // A was in the base of exp2
     const float bias = constant(0), D = constant(1);
-    Steps u, raw;
+    Steps u, raw, delta;
     float dD = 0.0f, dbias = 0.0f;
     read(u, stage + m.u, a.u);
     if (lane.masked) {
@@ -435,6 +419,14 @@ struct BackwardBlock {
     }
     if (a.p.z.data) finish_z(lane, u, D, stage);
     read(raw, stage + m.delta, a.delta);
+    const float* const deltas = floats(m.deltas) + at.thread() * 4;
+#pragma unroll
+    for (int q = 0; q < S::L / 4; ++q) {
+      float four[4];
+      read_four(four, deltas + q * S::kThreads * 4);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) delta[4 * q + k] = four[k];
+    }
     each([&](int i) {
       const float ddu = lane.ddu[i], x = raw[i] + bias;
       float ddelta = fmaf(ddu, u[i], kLn2 * lane.ddelta[i]);
@@ -443,7 +435,7 @@ struct BackwardBlock {
       dD = fmaf(lane.dy[i], u[i], dD);
       dbias += ddelta;
       lane.ddelta[i] = ddelta;
-      lane.ddu[i] = fmaf(ddu, lane.delta[i], D * lane.dy[i]);
+      lane.ddu[i] = fmaf(ddu, delta[i], D * lane.dy[i]);
     });
     const float2 before = *totals();
     *totals() = make_float2(before.x + dD, before.y + dbias);

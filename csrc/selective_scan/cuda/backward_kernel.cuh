@@ -3,37 +3,31 @@
 
 #include "backward_adjoint.cuh"
 #include "backward_ring.cuh"
+#include "backward_sums.cuh"
 
 namespace mamba {
 
-// One staged state of all the warp's channels, the block's `count`-th.
-template <class S, class K, bool kGeneral, bool kExact>
-__device__ __forceinline__ void run_state(const BackwardBlock<S, K, kGeneral>& block,
-                                          const StateRun<S, kGeneral>& run, int state,
-                                          unsigned count, const float* projections,
-                                          const float* entering, float* record) {
-  const BackwardPlace<S>& at = block.at;
-  StateSums sums;
-  const auto rows = [&](int which, int q, float (&v)[4]) {
-    block.read_projection(which, q, v, projections, state);
-  };
-  run.template run<kExact>(state, rows, record[0], *entering, record[S::kChannels], sums);
-  write_sums<S>(block, count, sums);  // every lane has read the carry
-  const float dA = sum_steps(sums.dA);
-  if constexpr (kGeneral) {
-    const float dB = sum_steps(sums.dB), dC = sum_steps(sums.dC);
-    if (at.i() == 0) {
-      record[3 * S::kChannels] += dB;
-      record[4 * S::kChannels] += dC;
-    }
-  }
-  if (at.i() == 0) {
-    record[S::kChannels] = sums.leaving;
-    record[2 * S::kChannels] += dA;
-  }
+// The sums that constant B and C need.
+template <class S, class K>
+__device__ __forceinline__ void keep_constants(const BackwardBlock<S, K, true>& block,
+                                               const StateSums& sums, float* record) {
+  const float dB = sum_steps(sums.dB), dC = sum_steps(sums.dC);
+  if (block.at.i() != 0) return;
+  record[3 * S::kChannels] += dB;
+  record[4 * S::kChannels] += dC;
 }
 
-// Read anew, so that nothing that follows from it is kept through the tiles.
+// Where a lane's part of a staged state lies in shared memory.
+template <class S, class M>
+struct StateRows {
+  const float *projections, *entering;
+  float* record;
+  __device__ __forceinline__ void advance() {
+    projections += M::kStatePitch, ++entering, record += M::kRecordPitch;
+  }
+};
+
+// Read anew.
 __device__ __forceinline__ unsigned block_index() {
   unsigned id;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(id));
@@ -43,35 +37,76 @@ __device__ __forceinline__ unsigned block_index() {
 // The staged states from `first` on.
 template <class S, class K, bool kGeneral, bool kExact>
 __device__ __forceinline__ void run_states(const BackwardBlock<S, K, kGeneral>& block,
-                                           BackwardLane& lane, int k, int first, int turn,
-                                           unsigned& count) {
+                                           BackwardLane& lane, int k, int first, int entered,
+                                           unsigned& turn, int& until) {
   using M = BackwardMemory<S, kGeneral>;
   const BackwardPlace<S>& at = block.at;
-  const StateRun<S, kGeneral> run{block.a, at, lane,
+  const StateRun<S, kGeneral> run{block.a,
+                                  at,
+                                  lane,
                                   at.row * block.a.p.length + block.step_of(k) + at.i() * S::L,
-                                  block.smem + block.m.columns};
-  const float* from = block.floats(block.m.projections) + at.i() * M::kLanePitch;
-  const float* entering =
-      block.floats(block.m.entering) + (turn * S::kChannels + at.c()) * M::kEnterPitch;
-  float* record = block.floats(block.m.records) + first * M::kRecordPitch + at.c();
-  const int states = min(block.n - first, S::kStates);
+                                  block.smem + block.m.columns,
+                                  block.floats(block.m.deltas)};
+  StateRows<S, M> in;
+  in.projections = block.floats(block.m.projections) + at.i() * M::kLanePitch;
+  in.entering = block.floats(block.m.entering) + (entered * S::kChannels + at.c()) * M::kEnterPitch;
+  in.record = block.floats(block.m.records) + first * M::kRecordPitch + at.c();
+  int state = first;
+  const int end = min(block.n, first + S::kStates);
+  const auto rows = [&](int which, int q, float (&v)[4]) {
+    block.read_projection(which, q, v, in.projections, state);
+  };
+  StateSteps<S> steps;
+  run.begin(steps, in.record[0]);
+  float dA = 0.0f;  // of the state before
+  float* record = in.record;
 #pragma unroll 1
-  for (int j = 0; j < states; ++j, ++count) {
-    run_state<S, K, kGeneral, kExact>(block, run, first + j, count, from, entering, record);
-    from += M::kStatePitch, ++entering, record += M::kRecordPitch;
+  while (true) {
+    StateSums sums;
+    Group group;
+    float grad[kGeneral ? S::L : 1], h, g;
+    run.read_inputs(steps, rows);
+    const float leaving =
+        run.enter(state, steps, group, rows, grad, *in.entering, in.record[S::kChannels], h, g, dA);
+    __syncwarp();  // every lane has read the carry
+    if (at.i() == 0) {
+      in.record[S::kChannels] = leaving;
+      record[2 * S::kChannels] += dA;
+    }
+    record = in.record;
+    run.template run_states<kExact>(steps, group, rows, h, sums);
+    wait_for_place<S>(block, turn);
+    write_sums<S>(block, turn, 0, sums.C);
+    // The row after the last is not used.
+    run.template run_adjoints<kExact>(state, steps, group, rows, grad, g, record[M::kRecordPitch],
+                                      sums, dA);
+    write_sums<S>(block, turn, 1, sums.B);
+    hand_over_sums<S>(block, turn);
+    if constexpr (kGeneral) keep_constants(block, sums, record);
     // A state late, when other warps are likely to be done with it.
-    if (first + j > 0) add_in_turn(block, k, first + j - 1, count - 1);
+    if (until == 0) {
+      store_sums(block, turn_before<S>(turn), block.step_of(k), state - 1);
+      until = S::kWarps;
+    }
+    --until, turn = next_turn<S>(turn);
+    if (++state == end) break;
+    in.advance();
   }
+  dA = sum_steps(dA);
+  if (at.i() == 0) record[2 * S::kChannels] += dA;
 }
 
-// All tiles of a unit; `count` counts the block's states.
+// All tiles of a unit. `turn` is that of the block's next state at the ring, `until` counts the
+// states down to those that the warp sums over warps.
 template <class S, class K, bool kGeneral, bool kExact>
 __device__ __forceinline__ void run_unit(const BackwardArgs& a,
                                          const BackwardMemory<S, kGeneral>& m, char* smem,
-                                         int64_t unit, unsigned& count) {
+                                         int64_t unit, unsigned& turn, int& until) {
   using M = BackwardMemory<S, kGeneral>;
-  BackwardBlock<S, K, kGeneral> block(a, m, smem, unit);
-  const BackwardPlace<S>& at = block.at;
+  using Block = BackwardBlock<S, K, kGeneral>;
+  const Block block(a, m, smem, unit);
+  // Where the block is, found anew, so that nothing of it is kept through the states.
+  const auto fresh = [&] { return Block(a, m, smem, kGeneral ? unit : block_index()); };
   const int n = block.n;
   const bool two = a.plan.stages == 2;
   block.locate();
@@ -80,12 +115,12 @@ __device__ __forceinline__ void run_unit(const BackwardArgs& a,
   block.load_entering(block.step_of(0), 0, 0);
   copies_commit();
   block.template begin<false>();
-  int turn = 0;  // of entering states
+  int entered = 0;  // of the two places of entering states
   BackwardLane lane;
   for (int k = 0; k < block.tiles(); ++k) {
     char* const stage = smem + (two && k & 1 ? m.stage : 0);
     char* const other = smem + (two && !(k & 1) ? m.stage : 0);
-    for (int first = 0; first < n; first += S::kStates, turn ^= 1) {
+    for (int first = 0; first < n; first += S::kStates, entered ^= 1) {
       const bool last = first + S::kStates >= n;
       copies_wait<0>();
       __syncthreads();
@@ -98,14 +133,18 @@ __device__ __forceinline__ void run_unit(const BackwardArgs& a,
       if (!last || more) {
         const int64_t next = block.step_of(last ? k + 1 : k);
         block.load_projections(next, last ? 0 : first + S::kStates);
-        block.load_entering(next, last ? 0 : first + S::kStates, turn ^ 1);
+        block.load_entering(next, last ? 0 : first + S::kStates, entered ^ 1);
       }
       copies_commit();
-      run_states<S, K, kGeneral, kExact>(block, lane, k, first, turn, count);
+      run_states<S, K, kGeneral, kExact>(block, lane, k, first, entered, turn, until);
     }
-    add_in_turn(block, k, n - 1, count - 1);
+    if (until == 0) {
+      store_sums(block, turn_before<S>(turn), block.step_of(k), n - 1);
+      until = S::kWarps;
+    }
     block.finish(lane, stage);
     const bool more = k + 1 < block.tiles();
+    if (more && (k + 1) % kSumTiles == 0) move_sums(fresh(), k + 1 == kSumTiles);
     if (two && more) continue;
     __syncthreads();
     block.store_outputs(stage, block.step_of(k));
@@ -114,7 +153,7 @@ __device__ __forceinline__ void run_unit(const BackwardArgs& a,
     block.load_inputs(smem, block.step_of(k + 1));
     copies_commit();
   }
-  BackwardBlock<S, K, kGeneral>(a, m, smem, kGeneral ? unit : block_index()).end();
+  end_sums(fresh());
 }
 
 template <class S, class K, bool kGeneral, bool kExact>
@@ -123,18 +162,19 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
   extern __shared__ __align__(16) char smem[];
   const BackwardMemory<S, kGeneral> m(a, a.plan.stages);
   begin_barriers<S>(smem + m.barriers);
-  unsigned count = 0;
+  unsigned turn = 0;
+  int until = static_cast<int>(threadIdx.x) / 32 + 1;  // a tile's first state counts once more
   if constexpr (kGeneral) {
     // Rows that share an initial state add to its gradient one after the other.
     const bool in_turn = a.scratch.shared_starts && *a.scratch.shared_starts;
     if (in_turn && blockIdx.x >= a.plan.slices) return;
     const int64_t step = in_turn ? a.plan.slices : gridDim.x;
     for (int64_t unit = blockIdx.x; unit < units; unit += step) {
-      run_unit<S, K, true, kExact>(a, m, smem, unit, count);
+      run_unit<S, K, true, kExact>(a, m, smem, unit, turn, until);
       __syncthreads();
     }
   } else {
-    run_unit<S, K, false, kExact>(a, m, smem, blockIdx.x, count);
+    run_unit<S, K, false, kExact>(a, m, smem, blockIdx.x, turn, until);
   }
 }
 

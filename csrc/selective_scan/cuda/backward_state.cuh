@@ -7,7 +7,7 @@ namespace mamba {
 
 // What a lane keeps over a tile.
 struct BackwardLane {
-  float delta[16], du[16], dy[16];   // du is delta * u
+  float du[16], dy[16];              // du is delta * u; delta itself lies in shared memory
   float ddu[16], ddelta[16], y[16];  // sums over the states
   float delta_sum;
   unsigned masked, starts, ends;  // a bit per step
@@ -16,25 +16,30 @@ struct BackwardLane {
 // The inclusive scans of the affine maps x -> P x + h forward and x -> P x + g backward in time
 // over the four lanes of a channel, which lie 8 apart. Both need the same products of P: the
 // backward one takes them from the next lane. Growing products stay finite, so that 0 stays 0.
-__device__ __forceinline__ void scan_both(float P, float& h, float& g) {
+// `sum` becomes the sum over the same lanes.
+__device__ __forceinline__ void scan_both(float P, float& h, float& g, float& sum) {
   asm volatile(
-      "{.reg .pred p, q; .reg .f32 a, b, c;\n"
+      "{.reg .pred p, q; .reg .f32 a, b, c, d;\n"
       "shfl.sync.up.b32 a|p, %0, 8, 0, -1;\n"
       "shfl.sync.down.b32 b|q, %1, 8, 31, -1;\n"
       "shfl.sync.up.b32 c, %2, 8, 0, -1;\n"
+      "shfl.sync.bfly.b32 d, %3, 8, 31, -1;\n"
       "@p fma.rn.f32 %0, %2, a, %0;\n"
       "@q fma.rn.f32 %1, %2, b, %1;\n"
-      "mul.f32 %2, %2, c;}"
-      : "+f"(h), "+f"(g), "+f"(P));
+      "mul.f32 %2, %2, c;\n"
+      "add.f32 %3, %3, d;}"
+      : "+f"(h), "+f"(g), "+f"(P), "+f"(sum));
   P = fminf(P, FLT_MAX);
   asm volatile(
-      "{.reg .pred p, q; .reg .f32 a, b, d;\n"
+      "{.reg .pred p, q; .reg .f32 a, b, c, d;\n"
       "shfl.sync.up.b32 a|p, %0, 16, 0, -1;\n"
-      "shfl.sync.down.b32 d, %2, 8, 31, -1;\n"
+      "shfl.sync.down.b32 d, %3, 8, 31, -1;\n"
       "shfl.sync.down.b32 b|q, %1, 16, 31, -1;\n"
-      "@p fma.rn.f32 %0, %2, a, %0;\n"
-      "@q fma.rn.f32 %1, d, b, %1;}"
-      : "+f"(h), "+f"(g)
+      "shfl.sync.bfly.b32 c, %2, 16, 31, -1;\n"
+      "@p fma.rn.f32 %0, %3, a, %0;\n"
+      "@q fma.rn.f32 %1, d, b, %1;\n"
+      "add.f32 %2, %2, c;}"
+      : "+f"(h), "+f"(g), "+f"(sum)
       : "f"(P));
 }
 
@@ -77,13 +82,21 @@ __device__ __forceinline__ void multiply_tf32(float (&d)[4], const uint32_t (&v)
       : "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(low), "r"(high));
 }
 
+// What a group of four steps reads from shared memory: B, C and the rows of write_columns.
+struct Group {
+  float B[4], C[4], low, high;
+  __device__ __forceinline__ void read_columns(const char* columns, int lane, int q) {
+    read_two(low, high, columns + (32 * q + lane) * 8);
+  }
+};
+
 // Terms have 11 bits, which is enough for 16-bit results; kExact adds the next 11. The product cuts
 // off what is beyond them. The first part is rounded, so that what is cut off has either sign.
 template <bool kExact>
-__device__ __forceinline__ void add_channels(float (&d)[4], float a, float b, float c, float e,
-                                             float low_row, float high_row) {
-  const uint32_t low = __float_as_uint(low_row), high = __float_as_uint(high_row);
-  const float v[4] = {a, c, b, e};
+__device__ __forceinline__ void add_channels(float (&d)[4], const float (&terms)[4],
+                                             const Group& group) {
+  const uint32_t low = __float_as_uint(group.low), high = __float_as_uint(group.high);
+  const float v[4] = {terms[0], terms[2], terms[1], terms[3]};
   uint32_t bits[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) bits[k] = __float_as_uint(v[k]);
@@ -108,8 +121,14 @@ __device__ __forceinline__ float sum_steps(float v) {
 // Sums of one state: dC and dB over four lanes' channels, as write_columns says; the rest is the
 // lane's own.
 struct StateSums {
-  float C[4], B[4];
-  float dA, dB, dC, leaving;
+  float C[4], B[4], dB, dC;
+};
+
+// A state over the lane's steps: what a step keeps of it and puts in (later: what it was before the
+// step), and what all of them keep. A is in the base of exp2_fast.
+template <class S>
+struct StateSteps {
+  float decay[S::L], input[S::L], A, P;
 };
 
 // A lane's work on one state.
@@ -120,117 +139,172 @@ struct StateRun {
   BackwardLane& lane;
   const int64_t first_step;  // row * length + the lane's first step
   const char* columns;
+  const float* deltas;
 
   __device__ __forceinline__ bool exists() const { return at.c() < at.channels; }
   __device__ __forceinline__ int64_t state_index(int id, int state) const {
     return (id * a.p.channels + at.channel + at.c()) * a.p.state_dim + state;
   }
 
-  // A is in the base of exp2_fast; `entering` enters the tile's first step, `carry` its last.
-  // `rows(which, q, v)` reads the q-th four steps of B (0) or C (1).
-  template <bool kExact, class Rows>
-  __device__ __forceinline__ void run(int state, Rows&& rows, float A, float entering, float carry,
-                                      StateSums& sums) const {
-    constexpr int L = S::L;
-    float decay[L], input[L], grad[kGeneral ? L : 1];
+  // Four of the lane's deltas, or one.
+  __device__ __forceinline__ void read_deltas(int q, float (&v)[4]) const {
+    read_four(v, deltas + (q * S::kThreads + at.thread()) * 4);
+  }
+  __device__ __forceinline__ float delta(int i) const {
+    return deltas[(i / 4 * S::kThreads + at.thread()) * 4 + i % 4];
+  }
+  __device__ __forceinline__ void read_decays(float (&decay)[S::L], float A) const {
 #pragma unroll
-    for (int i = 0; i < L; ++i) decay[i] = exp2_fast(lane.delta[i] * A);
-    float P = fminf(exp2_fast(lane.delta_sum * A), FLT_MAX);
+    for (int q = 0; q < S::L / 4; ++q) {
+      float v[4];
+      read_deltas(q, v);
 #pragma unroll
-    for (int q = 0; q < L / 4; ++q) {
+      for (int k = 0; k < 4; ++k) decay[4 * q + k] = exp2_fast(v[k] * A);
+    }
+  }
+
+  // What follows from B alone, and from A where no state before has done it. `rows(which, q, v)`
+  // reads the q-th four steps of B (0) or C (1).
+  __device__ __forceinline__ void begin(StateSteps<S>& s, float A) const {
+    read_decays(s.decay, A);
+    s.A = A, s.P = exp2_fast(lane.delta_sum * A);
+  }
+  template <class Rows>
+  __device__ __forceinline__ void read_inputs(StateSteps<S>& s, Rows&& rows) const {
+#pragma unroll
+    for (int q = 0; q < S::L / 4; ++q) {
       float B[4];
       rows(0, q, B);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) input[4 * q + i] = lane.du[4 * q + i] * B[i];
+      for (int k = 0; k < 4; ++k) s.input[4 * q + k] = lane.du[4 * q + k] * B[k];
     }
+  }
+
+  // What enters the lane's steps: the state (h) and the adjoint (g), from `entering` at the tile's
+  // first step and `carry` at its last. Returns the adjoint that leaves the tile. The sum over
+  // lanes of the state before goes the same way (dA).
+  template <class Rows>
+  __device__ __forceinline__ float enter(int state, StateSteps<S>& s, Group& now, Rows&& rows,
+                                         float (&grad)[kGeneral ? S::L : 1], float entering,
+                                         float carry, float& h, float& g, float& dA) const {
+    constexpr int L = S::L;
+    s.P = fminf(s.P, FLT_MAX);
     if constexpr (kGeneral) {
 #pragma unroll
       for (int q = 0; q < L / 4; ++q) {
-        float C[4];
-        rows(1, q, C);
+        rows(1, q, now.C);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) grad[4 * q + i] = lane.dy[4 * q + i] * C[i];
+        for (int i = 0; i < 4; ++i) grad[4 * q + i] = lane.dy[4 * q + i] * now.C[i];
       }
-      apply_events(state, A, decay, input, grad, P);
+      apply_events(state, s, grad);
     }
     // The lane's steps alone, but that the tile's ends take what enters it.
-    float h = at.i() == 0 ? entering : 0.0f, g = at.i() == S::kLanes - 1 ? carry : 0.0f;
+    h = at.i() == 0 ? entering : 0.0f, g = at.i() == S::kLanes - 1 ? carry : 0.0f;
 #pragma unroll
-    for (int i = 0; i < L; ++i) h = fmaf(decay[i], h, input[i]);
-    float C[4];  // where a pass ends, the next begins
+    for (int i = 0; i < L; ++i) h = fmaf(s.decay[i], h, s.input[i]);
 #pragma unroll
     for (int q = L / 4 - 1; q >= 0; --q) {
-      if constexpr (!kGeneral) rows(1, q, C);
+      if constexpr (!kGeneral) rows(1, q, now.C);
 #pragma unroll
       for (int k = 3; k >= 0; --k) {
         const int i = 4 * q + k;
-        const float of_y = kGeneral ? grad[kGeneral ? i : 0] : lane.dy[i] * C[k];
-        g = i == L - 1 ? of_y + g : fmaf(decay[i + 1 < L ? i + 1 : 0], g, of_y);
+        const float of_y = kGeneral ? grad[kGeneral ? i : 0] : lane.dy[i] * now.C[k];
+        g = i == L - 1 ? of_y + g : fmaf(s.decay[i + 1 < L ? i + 1 : 0], g, of_y);
       }
     }
-    g *= decay[0];
-    scan_both(P, h, g);
-    sums.leaving = g;
+    g *= s.decay[0];
+    scan_both(s.P, h, g, dA);
+    const float leaving = g;
     h = __shfl_up_sync(0xffffffffu, h, 8);
     g = __shfl_down_sync(0xffffffffu, g, 8);
     if (at.i() == 0) h = entering;
     if (at.i() == S::kLanes - 1) g = carry;
-    // Once more, from what enters the lane's steps: the states, each as it was before the step,
-    float before[L];
+    return leaving;
+  }
+
+  // The states from what enters the lane's steps; of each step, the state before it is kept. The
+  // last group's reads serve the adjoints' first.
+  template <bool kExact, class Rows>
+  __device__ __forceinline__ void run_states(StateSteps<S>& s, Group& now, Rows&& rows, float h,
+                                             StateSums& sums) const {
+    constexpr int kQuads = S::L / 4;
+    if constexpr (kGeneral) rows(1, 0, now.C);
+    now.read_columns(columns, at.lane(), 0);
     sums.dC = 0.0f;
     clear(sums.C);
 #pragma unroll
-    for (int q = 0; q < L / 4; ++q) {
+    for (int q = 0; q < kQuads; ++q) {
+      Group next = now;
+      if (q + 1 < kQuads) {
+        rows(1, q + 1, next.C);
+        next.read_columns(columns, at.lane(), q + 1);
+      } else {
+        rows(0, q, next.B);
+      }
       float terms[4];
-      if (kGeneral || q > 0) rows(1, q, C);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int i = 4 * q + k;
-        before[i] = h;
-        h = fmaf(decay[i], h, input[i]);
-        const float dy = lane.dy[i];
+        const float before = h, dy = lane.dy[i];
+        h = fmaf(s.decay[i], h, s.input[i]);
+        s.input[i] = before;
         if (kGeneral && a.p.constant_C) sums.dC = fmaf(h, dy, sums.dC);
         terms[k] = h * dy;
-        if (a.p.z.data) lane.y[i] = fmaf(C[k], h, lane.y[i]);
+        if (a.p.z.data) lane.y[i] = fmaf(now.C[k], h, lane.y[i]);
       }
-      float low, high;
-      read_two(low, high, columns + (32 * q + at.lane()) * 8);
-      add_channels<kExact>(sums.C, terms[0], terms[1], terms[2], terms[3], low, high);
+      add_channels<kExact>(sums.C, terms, now);
+      now = next;
     }
-    // and the adjoints.
-    float adjoints[kGeneral ? L : 1];
-    sums.dA = sums.dB = 0.0f;
+  }
+
+  // The adjoints, and all that follows from them. Where a decay has served, the next state's takes
+  // its place (`A_next`).
+  template <bool kExact, class Rows>
+  __device__ __forceinline__ void run_adjoints(int state, StateSteps<S>& s, Group& now, Rows&& rows,
+                                               const float (&grad)[kGeneral ? S::L : 1], float g,
+                                               float A_next, StateSums& sums, float& dA) const {
+    constexpr int kQuads = S::L / 4;
+    float adjoints[kGeneral ? S::L : 1], parts[2] = {};
+    sums.dB = 0.0f;
     clear(sums.B);
 #pragma unroll
-    for (int q = L / 4 - 1; q >= 0; --q) {
-      float B[4], terms[4];
-      rows(0, q, B);
-      if (!kGeneral && q < L / 4 - 1) rows(1, q, C);
+    for (int q = kQuads - 1; q >= 0; --q) {
+      Group next = now;
+      float delta[4];
+      read_deltas(q, delta);
+      if (q > 0) {
+        rows(0, q - 1, next.B);
+        if (!kGeneral) rows(1, q - 1, next.C);
+        next.read_columns(columns, at.lane(), q - 1);
+      }
+      float terms[4];
 #pragma unroll
       for (int k = 3; k >= 0; --k) {
         const int i = 4 * q + k;
         const float du = lane.du[i];
-        const float dh = kGeneral ? grad[kGeneral ? i : 0] + g : fmaf(lane.dy[i], C[k], g);
-        g = decay[i] * dh;
-        float through = g * before[i];
+        const float dh = kGeneral ? grad[kGeneral ? i : 0] + g : fmaf(lane.dy[i], now.C[k], g);
+        g = s.decay[i] * dh;
+        s.decay[i] = exp2_fast(delta[k] * A_next);
+        float through = g * s.input[i];
         if constexpr (kGeneral) {
           adjoints[i] = dh;
-          if (lane.starts >> i & 1) through = dh * decayed_start(i, state, A);
+          if (lane.starts >> i & 1) through = dh * decayed_start(i, state, s.A);
           if (a.p.constant_B) sums.dB = fmaf(dh, du, sums.dB);
         }
         terms[k] = dh * du;
-        lane.ddu[i] = fmaf(dh, B[k], lane.ddu[i]);
-        lane.ddelta[i] = fmaf(A, through, lane.ddelta[i]);
-        sums.dA = fmaf(lane.delta[i], through, sums.dA);
+        lane.ddu[i] = fmaf(dh, now.B[k], lane.ddu[i]);
+        lane.ddelta[i] = fmaf(s.A, through, lane.ddelta[i]);
+        parts[k % 2] = fmaf(delta[k], through, parts[k % 2]);
       }
-      float low, high;
-      read_two(low, high, columns + (32 * q + at.lane()) * 8);
-      add_channels<kExact>(sums.B, terms[0], terms[1], terms[2], terms[3], low, high);
+      add_channels<kExact>(sums.B, terms, now);
+      now = next;
     }
+    dA = parts[0] + parts[1];
     if constexpr (kGeneral) {
-      if (a.scratch.shared_starts) add_starts(state, A, adjoints);
+      if (a.scratch.shared_starts) add_starts(state, s.A, adjoints);
       __syncwarp();
     }
+    s.A = A_next, s.P = exp2_fast(lane.delta_sum * A_next);
   }
 
   __device__ __forceinline__ static void clear(float (&v)[4]) { v[0] = v[1] = v[2] = v[3] = 0.0f; }
@@ -239,21 +313,20 @@ struct StateRun {
   __device__ __forceinline__ float decayed_start(int i, int state, float A) const {
     const int id = exists() ? a.events.before[first_step + i] : -1;
     if (id < 0) return 0.0f;
-    return exp2_fast(lane.delta[i] * A) * a.p.initial_state[state_index(id, state)];
+    return exp2_fast(delta(i) * A) * a.p.initial_state[state_index(id, state)];
   }
 
   // Starts inside the lane's steps take their initial state and let nothing pass; the last step of
   // a sequence gets its final state's gradient.
-  __device__ __forceinline__ void apply_events(int state, float A, float (&decay)[S::L],
-                                               float (&input)[S::L], float (&grad)[S::L],
-                                               float& P) const {
+  __device__ __forceinline__ void apply_events(int state, StateSteps<S>& s,
+                                               float (&grad)[S::L]) const {
     if (lane.starts) {
-      P = 0.0f;
+      s.P = 0.0f;
 #pragma unroll
       for (int i = 0; i < S::L; ++i) {
         if (!(lane.starts >> i & 1)) continue;
-        input[i] += decayed_start(i, state, A);
-        decay[i] = 0.0f;
+        s.input[i] += decayed_start(i, state, s.A);
+        s.decay[i] = 0.0f;
       }
     }
     if (lane.ends && a.dfinal_state && exists()) {
@@ -277,7 +350,7 @@ struct StateRun {
           if (!(lane.starts >> i & 1)) continue;
           const int id = a.events.before[first_step + i];
           if (id < 0) continue;
-          const float passed = exp2_fast(lane.delta[i] * A) * dh[i];
+          const float passed = exp2_fast(delta(i) * A) * dh[i];
           float* const to = a.dinitial_state + state_index(id, state);
           *to = shared ? *to + passed : passed;
         }

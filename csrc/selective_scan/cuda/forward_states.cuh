@@ -239,6 +239,7 @@ __device__ __forceinline__ void run_states(Lane<S>& lane, const ForwardArgs& a, 
     for (int m = 0; m < kMaps; ++m) h[m] = fmaf(decay[m][i], h[m], input[m][i]);
   }
   scan_lanes<S::G, kMaps>(P, h);
+  __syncwarp();  // the carry has been read
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     if (at.g == S::G - 1) write_channels<C>(in.carry + j * S::kChannels, h + j * C);
