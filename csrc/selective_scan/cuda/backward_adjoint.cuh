@@ -28,7 +28,7 @@ __device__ __forceinline__ void tile_map(const StateRun<S, kGeneral>& run, int s
 #pragma unroll
     for (int i = 0; i < 4; ++i) grad[4 * q + i] = lane.dy[4 * q + i] * C[i];
   }
-  s.P = fminf(exp2_fast(lane.delta_sum * A), FLT_MAX);
+  s.P = fminf(fast_exp2(lane.delta_sum * A), FLT_MAX);
   if constexpr (kGeneral) run.apply_events(state, s, grad);
   P = s.P, g = grad[L - 1];
 #pragma unroll

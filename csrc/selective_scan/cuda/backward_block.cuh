@@ -362,7 +362,7 @@ struct BackwardBlock {
     if (a.p.z.data) {
       Steps z;
       read(z, stage + m.z, a.z);
-      each([&](int i) { lane.dy[i] *= z[i] * sigmoid(z[i]); });
+      each([&](int i) { lane.dy[i] *= z[i] * fast_sigmoid(z[i]); });
     }
     Steps delta;
     read(delta, stage + m.delta, a.delta);
@@ -431,7 +431,8 @@ struct BackwardBlock {
       const float ddu = lane.ddu[i], x = raw[i] + bias;
       float ddelta = fmaf(ddu, u[i], kLn2 * lane.ddelta[i]);
       // The derivative of softplus; where nothing flows, x may be anything.
-      if (a.p.delta_softplus) ddelta = ddelta == 0.0f || x > 20.0f ? ddelta : ddelta * sigmoid(x);
+      if (a.p.delta_softplus)
+        ddelta = ddelta == 0.0f || x > 20.0f ? ddelta : ddelta * fast_sigmoid(x);
       dD = fmaf(lane.dy[i], u[i], dD);
       dbias += ddelta;
       lane.ddelta[i] = ddelta;
@@ -448,7 +449,7 @@ struct BackwardBlock {
     read(z, stage + m.z, a.z);
     read(dout, stage + m.dout, a.dout);
     each([&](int i) {
-      const float s = sigmoid(z[i]), y = fmaf(D, u[i], lane.y[i]);
+      const float s = fast_sigmoid(z[i]), y = fmaf(D, u[i], lane.y[i]);
       lane.y[i] = dout[i] * y * s * fmaf(z[i], 1.0f - s, 1.0f);
     });
     if (lane.masked) {

@@ -125,7 +125,7 @@ struct StateSums {
 };
 
 // A state over the lane's steps: what a step keeps of it and puts in (later: what it was before the
-// step), and what all of them keep. A is in the base of exp2_fast.
+// step), and what all of them keep. A is in the base of fast_exp2.
 template <class S>
 struct StateSteps {
   float decay[S::L], input[S::L], A, P;
@@ -159,7 +159,7 @@ struct StateRun {
       float v[4];
       read_deltas(q, v);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) decay[4 * q + k] = exp2_fast(v[k] * A);
+      for (int k = 0; k < 4; ++k) decay[4 * q + k] = fast_exp2(v[k] * A);
     }
   }
 
@@ -167,7 +167,7 @@ struct StateRun {
   // reads the q-th four steps of B (0) or C (1).
   __device__ __forceinline__ void begin(StateSteps<S>& s, float A) const {
     read_decays(s.decay, A);
-    s.A = A, s.P = exp2_fast(lane.delta_sum * A);
+    s.A = A, s.P = fast_exp2(lane.delta_sum * A);
   }
   template <class Rows>
   __device__ __forceinline__ void read_inputs(StateSteps<S>& s, Rows&& rows) const {
@@ -284,7 +284,7 @@ struct StateRun {
         const float du = lane.du[i];
         const float dh = kGeneral ? grad[kGeneral ? i : 0] + g : fmaf(lane.dy[i], now.C[k], g);
         g = s.decay[i] * dh;
-        s.decay[i] = exp2_fast(delta[k] * A_next);
+        s.decay[i] = fast_exp2(delta[k] * A_next);
         float through = g * s.input[i];
         if constexpr (kGeneral) {
           adjoints[i] = dh;
@@ -304,7 +304,7 @@ struct StateRun {
       if (a.scratch.shared_starts) add_starts(state, s.A, adjoints);
       __syncwarp();
     }
-    s.A = A_next, s.P = exp2_fast(lane.delta_sum * A_next);
+    s.A = A_next, s.P = fast_exp2(lane.delta_sum * A_next);
   }
 
   __device__ __forceinline__ static void clear(float (&v)[4]) { v[0] = v[1] = v[2] = v[3] = 0.0f; }
@@ -313,7 +313,7 @@ struct StateRun {
   __device__ __forceinline__ float decayed_start(int i, int state, float A) const {
     const int id = exists() ? a.events.before[first_step + i] : -1;
     if (id < 0) return 0.0f;
-    return exp2_fast(delta(i) * A) * a.p.initial_state[state_index(id, state)];
+    return fast_exp2(delta(i) * A) * a.p.initial_state[state_index(id, state)];
   }
 
   // Starts inside the lane's steps take their initial state and let nothing pass; the last step of
@@ -350,7 +350,7 @@ struct StateRun {
           if (!(lane.starts >> i & 1)) continue;
           const int id = a.events.before[first_step + i];
           if (id < 0) continue;
-          const float passed = exp2_fast(delta(i) * A) * dh[i];
+          const float passed = fast_exp2(delta(i) * A) * dh[i];
           float* const to = a.dinitial_state + state_index(id, state);
           *to = shared ? *to + passed : passed;
         }

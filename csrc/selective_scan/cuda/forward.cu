@@ -50,7 +50,7 @@ __device__ __forceinline__ void store_carry(const ForwardArgs& a, const Place<S>
   }
 }
 
-// The states that enter the block, and A in the base of exp2_fast.
+// The states that enter the block, and A in the base of fast_exp2.
 template <class S>
 __device__ __forceinline__ void load_states(const ForwardArgs& a, const Place<S>& at, float* A,
                                             float* carry) {

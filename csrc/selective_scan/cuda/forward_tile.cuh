@@ -162,7 +162,7 @@ __device__ __forceinline__ void finish_steps(Lane<S>& lane, const ForwardArgs& a
 #pragma unroll
     for (int k = 0; k < S::C; ++k) {
 #pragma unroll
-      for (int i = 0; i < S::L; ++i) lane.y[k][i] *= z[k][i] * sigmoid(z[k][i]);
+      for (int i = 0; i < S::L; ++i) lane.y[k][i] *= z[k][i] * fast_sigmoid(z[k][i]);
     }
   }
   if constexpr (kGeneral) {

@@ -48,7 +48,7 @@ struct TileEvents {
 // A lane's states of one channel: kPer of them from `first`.
 template <int kPer>
 struct States {
-  float h[kPer], A[kPer];  // A in the base of exp2_fast
+  float h[kPer], A[kPer];  // A in the base of fast_exp2
   int first, count;        // count of them exist
 
   __device__ __forceinline__ void place(const ForwardArgs& a, int block) {
@@ -99,7 +99,7 @@ __device__ __forceinline__ float run_step(States<kPer>& s, float delta, float du
   float sum = 0.0f;
 #pragma unroll
   for (int k = 0; k < kPer; ++k) {
-    s.h[k] = fmaf(exp2_fast(delta * s.A[k]), s.h[k], du * B[k]);
+    s.h[k] = fmaf(fast_exp2(delta * s.A[k]), s.h[k], du * B[k]);
     sum = k ? fmaf(C[k], s.h[k], sum) : C[k] * s.h[k];
   }
   return sum;

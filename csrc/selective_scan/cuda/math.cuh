@@ -2,27 +2,17 @@
 // accurate, polynomials where they are not.
 #pragma once
 
+#include "../../common/cuda_math.cuh"
+
 namespace mamba {
 
 constexpr float kLog2e = 1.44269504088896340736f;
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float reciprocal_fast(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // log(1 + exp(x)) with a relative error below 3e-7 for every x: the logarithm of 1 + e, e in (0,
 // 1], is e times a polynomial (weighted minimax fit, 3e-8), so that tiny results keep their digits.
 // Above 20 it is x itself in fp32, which is the field's convention.
 __device__ __forceinline__ float softplus(float x) {
-  const float e = exp2_fast(-kLog2e * fabsf(x));
+  const float e = fast_exp2(-kLog2e * fabsf(x));
   float q = 0.005232669413089752f;
   q = fmaf(q, e, -0.029505137354135513f);
   q = fmaf(q, e, 0.07822578400373459f);
@@ -33,10 +23,6 @@ __device__ __forceinline__ float softplus(float x) {
   q = fmaf(q, e, -0.4999949336051941f);
   q = fmaf(q, e, 0.9999999403953552f);
   return fmaf(q, e, fmaxf(x, 0.0f));
-}
-
-__device__ __forceinline__ float sigmoid(float x) {
-  return reciprocal_fast(1.0f + exp2_fast(-kLog2e * x));
 }
 
 }  // namespace mamba
