@@ -47,16 +47,8 @@ class Lines {
   // Steps x channels of x from `offset` (in elements) on.
   void add(const TensorArg& x, int64_t offset, int64_t stride_c, int64_t stride_t, int64_t channels,
            int64_t steps) {
-    const int64_t size = x.dtype == DType::kFloat32 ? 4 : 2;
-    const bool channels_inside = stride_c == 1;
-    if (!x.data || (!channels_inside && stride_t != 1)) return;
-    const int64_t rows = channels_inside ? steps : channels;
-    const int64_t bytes = (channels_inside ? channels : steps) * size;
-    const int64_t stride = (channels_inside ? stride_t : stride_c) * size;
-    const char* row = static_cast<const char*>(x.data) + offset * size;
-    for (int64_t i = 0; i < rows; ++i, row += stride) {
-      add(row, bytes);
-    }
+    each_row(x, offset, stride_c, stride_t, channels, steps,
+             [&](const char* row, int64_t bytes) { add(row, bytes); });
   }
 
   void add(const void* p, int64_t bytes) {

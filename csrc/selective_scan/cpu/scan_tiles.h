@@ -32,6 +32,21 @@ class Buffer {
   std::unique_ptr<float[], Free> data_;
 };
 
+// Calls f(row, bytes) for each row of neighbouring elements in steps x channels of x from `offset`
+// (in elements) on; for none if neither lie side by side.
+template <class F>
+inline void each_row(const TensorArg& x, int64_t offset, int64_t stride_c, int64_t stride_t,
+                     int64_t channels, int64_t steps, F&& f) {
+  const int64_t size = x.dtype == DType::kFloat32 ? 4 : 2;
+  const bool channels_inside = stride_c == 1;
+  if (!x.data || (!channels_inside && stride_t != 1)) return;
+  const int64_t rows = channels_inside ? steps : channels;
+  const int64_t bytes = (channels_inside ? channels : steps) * size;
+  const int64_t stride = (channels_inside ? stride_t : stride_c) * size;
+  const char* row = static_cast<const char*>(x.data) + offset * size;
+  for (int64_t i = 0; i < rows; ++i, row += stride) f(row, bytes);
+}
+
 // The cache lines of tiles to come, asked for a few at each step of the loops that compute. A tile
 // takes a line or two of many rows, which the processor does not foresee by itself; and asked for
 // all at once they would hold up the computation, as a core waits for a dozen lines at most.
@@ -45,18 +60,12 @@ class Ahead {
   // Steps x channels of x from `offset` (in elements) on, as tensor number `slot`.
   void add(int slot, const TensorArg& x, int64_t offset, int64_t stride_c, int64_t stride_t,
            int64_t channels, int64_t steps) {
-    const int64_t size = x.dtype == DType::kFloat32 ? 4 : 2;
-    const bool channels_inside = stride_c == 1;
-    if (!x.data || (!channels_inside && stride_t != 1)) return;
-    const int64_t rows = channels_inside ? steps : channels;
-    const int64_t bytes = (channels_inside ? channels : steps) * size;
-    const int64_t stride = (channels_inside ? stride_t : stride_c) * size;
-    const char* row = static_cast<const char*>(x.data) + offset * size;
-    for (int64_t i = 0, line = slot; i < rows; ++i, row += stride) {
+    int64_t line = slot;
+    each_row(x, offset, stride_c, stride_t, channels, steps, [&](const char* row, int64_t bytes) {
       for (int64_t at = 0; at < bytes && line < kTensors * kTile; at += 64, line += kTensors) {
         lines_[line] = row + at;
       }
-    }
+    });
   }
 
   MAMBA_INLINE void ask(int64_t step) const {
