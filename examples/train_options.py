@@ -19,7 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The model inside the package; for a GPU.
     "embedded": {
-        "d_model": 256, "n_layer": 8, "seq_len": 2048, "batch_size": 16, "steps": 14_000,
+        "d_model": 256, "n_layer": 8, "seq_len": 2048, "batch_size": 16, "steps": 36_000,
         "document_starts": 0.0625, "hidden_bytes": 0.1, "warmup": 200, "lr": 3e-3,
         "min_lr_ratio": 0.02, "weight_decay": 0.3, "log_every": 50, "eval_every": 1000,
         "save_every": 2000, "include_tests": True,
