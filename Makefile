@@ -69,7 +69,8 @@ cuda: $(VENV)/.package
 # The CPU kernels' tests with AddressSanitizer and UBSan compiled in: any bad access ends the run.
 SANITIZED := build/sanitize
 SANITIZE_TESTS ?= test_selective_scan.py test_causal_conv1d.py test_norm.py test_state_update.py \
-	test_native_isa.py test_native_conv_norm.py test_native_state_update.py test_cpu_decode.py
+	test_native_isa.py test_native_conv_norm.py test_native_state_update.py test_cpu_decode.py \
+	test_cpu_choice.py test_native_scan_segments.py
 sanitize: $(VENV)/.dev
 	$(BIN)/python -m mamba_ssm build --device cpu --sanitize --output $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import cases_lm
 import cases_op
+import cases_parts
 import torch
 from cases_lm import Bench
 from measuring import Row, facts, table, write_csv
@@ -43,6 +44,9 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "block": cases_op.block,
     "scan": cases_op.scan,
     "million": cases_lm.million,
+    "choice": cases_parts.choice,
+    "segments": cases_parts.segments,
+    "linears": cases_parts.linears,
 }
 # These run on the shape that was asked for; their targets are those of the 130m shape.
 OF_THE_SHAPE = ("decode", "decode16", "prefill")

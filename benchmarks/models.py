@@ -69,10 +69,10 @@ class OurModel:
             params.key_value_memory_dict = self.model.allocate_inference_cache(batch, length)
             return self.model(ids, inference_params=params, num_last_tokens=1).logits[:, -1]
 
-    def decode(self, prompt: Tensor, steps: int) -> float:
-        """Greedy ``generate`` after a prompt (b, l): the seconds of ``steps`` steps alone."""
+    def decode(self, prompt: Tensor, steps: int, **options: Any) -> float:
+        """``generate`` after a prompt (b, l), greedy by default: the seconds of ``steps`` alone."""
         clock = StepClock()
-        self.model.generate(prompt, prompt.shape[1] + steps + 1, streamer=clock)
+        self.model.generate(prompt, prompt.shape[1] + steps + 1, streamer=clock, **options)
         return clock.times[-1] - clock.times[-1 - steps]
 
     def after_steps(self, ids: Tensor) -> Tensor:

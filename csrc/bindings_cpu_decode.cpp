@@ -1,4 +1,4 @@
-// The fused decode step as a torch operator: one token of a whole model for a batch of rows.
+// The fused decode step as torch operators: one token of a whole model for a batch of rows.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -17,7 +17,9 @@ constexpr int64_t kLayoutVersion = 1;
 constexpr int64_t kLayerEntries = 37;
 constexpr int64_t kTailEntries = 9;
 
-DecodeKernels kernels() { MAMBA_FOR_ISA_BF16(decode_kernels) }
+DecodeKernels kernels(){MAMBA_FOR_ISA_BF16(decode_kernels)} ChooseKernels choosers() {
+  MAMBA_FOR_ISA(choose_kernels)
+}
 
 // Reads the pack's table of contents, entry by entry, in the order in which
 // mamba_ssm/inference/pack.py writes it, and checks every place against the pack's size.
@@ -136,8 +138,8 @@ int64_t usable_threads(const DecodeParams& p) {
   return std::max<int64_t>(1, std::min(threads, count_of(p) / kWorkPerThread));
 }
 
-// Zeroed memory that a thread keeps between its calls.
-void* zeroed_scratch(int64_t bytes) {
+// Memory that a thread keeps between its calls.
+void* scratch_memory(int64_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
@@ -150,7 +152,6 @@ void* zeroed_scratch(int64_t bytes) {
     if (!memory) size = 0;
     STD_TORCH_CHECK(memory != nullptr, kOp, ": out of memory for ", bytes, " bytes of scratch");
   }
-  std::memset(memory.get(), 0, static_cast<size_t>(bytes));
   return memory.get();
 }
 
@@ -169,8 +170,11 @@ void check_tables(const Tensor& ids, const Tensor& embedding, const Tensor& pack
       ": layout must be a contiguous int64 vector");
 }
 
-Tensor decode(Tensor ids, Tensor embedding, Tensor pack, Tensor layout,
-              std::vector<Tensor> conv_states, std::vector<Tensor> ssm_states) {
+// Describes the whole call but for what is done with the logits.
+DecodeParams decode_params(const Tensor& ids, const Tensor& embedding, const Tensor& pack,
+                           const Tensor& layout, const std::vector<Tensor>& conv_states,
+                           const std::vector<Tensor>& ssm_states,
+                           std::vector<DecodeLayer>& layers) {
   check_tables(ids, embedding, pack, layout);
   DecodeParams p;
   LayoutReader in(pack, layout);
@@ -180,7 +184,7 @@ Tensor decode(Tensor ids, Tensor embedding, Tensor pack, Tensor layout,
   STD_TORCH_CHECK(states == p.layers && static_cast<int64_t>(ssm_states.size()) == p.layers, kOp,
                   ": ", p.layers, " layers need as many conv_states and ssm_states, got ", states,
                   " and ", ssm_states.size());
-  std::vector<DecodeLayer> layers(static_cast<size_t>(p.layers));
+  layers.resize(static_cast<size_t>(p.layers));
   for (size_t i = 0; i < layers.size(); ++i) {
     read_layer(in, p, layers[i]);
     layers[i].conv_state =
@@ -198,20 +202,81 @@ Tensor decode(Tensor ids, Tensor embedding, Tensor pack, Tensor layout,
     STD_TORCH_CHECK(p.ids[i] >= 0 && p.ids[i] < rows, kOp, ": ids[", i, "] is ", p.ids[i],
                     ", outside the vocabulary of ", rows);
   }
-  const std::vector<int64_t> shape{p.batch, p.vocab};
-  Tensor logits = torch::stable::new_empty(embedding, shape);
-  p.logits = tensor_arg(kOp, "logits", logits, shape, ids);
-  if (p.batch == 0) return logits;
+  return p;
+}
 
+void run_step(DecodeParams& p) {
+  if (p.batch == 0) return;
   const int64_t threads = usable_threads(p);
   const DecodeKernels run = kernels();
-  void* scratch = zeroed_scratch(run.scratch_bytes(p, threads));
+  const int64_t bytes = (run.scratch_bytes(p, threads) + 63) / 64 * 64;
+  char* scratch = static_cast<char*>(scratch_memory(bytes + threads * p.choice_scratch_bytes));
+  std::memset(scratch, 0, static_cast<size_t>(bytes));
+  p.choice_scratch = scratch + bytes;
   Team team(threads);
   parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const int64_t member = team.join(end - begin);
     if (member >= 0) run.step(p, team, member, team.size(), scratch);
   });
+}
+
+Tensor decode(Tensor ids, Tensor embedding, Tensor pack, Tensor layout,
+              std::vector<Tensor> conv_states, std::vector<Tensor> ssm_states) {
+  std::vector<DecodeLayer> layers;
+  DecodeParams p = decode_params(ids, embedding, pack, layout, conv_states, ssm_states, layers);
+  const std::vector<int64_t> shape{p.batch, p.vocab};
+  Tensor logits = torch::stable::new_empty(embedding, shape);
+  p.logits = tensor_arg(kOp, "logits", logits, shape, ids);
+  run_step(p);
   return logits;
+}
+
+// A contiguous tensor that choosing reads or writes.
+void* choice_data(const char* name, const Tensor& t, ScalarType type,
+                  const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && sizes_of(t) == shape, kOp, ": ",
+                  name, " must be contiguous ", torch::headeronly::toString(type), " of shape ",
+                  shape_text(shape), ", got ", torch::headeronly::toString(t.scalar_type()),
+                  " of shape ", shape_text(sizes_of(t)));
+  return t.data_ptr();
+}
+
+void decode_and_choose(Tensor ids, Tensor embedding, Tensor pack, Tensor layout,
+                       std::vector<Tensor> conv_states, std::vector<Tensor> ssm_states,
+                       Tensor logits, Tensor tokens, OptionalTensor seen, OptionalTensor uniform,
+                       int64_t vocab_size, int64_t top_k, double top_p, double min_p,
+                       double temperature, double repetition_penalty) {
+  std::vector<DecodeLayer> layers;
+  DecodeParams p = decode_params(ids, embedding, pack, layout, conv_states, ssm_states, layers);
+  const std::vector<int64_t> shape{p.batch, p.vocab};
+  choice_data("logits", logits, embedding.scalar_type(), shape);
+  p.logits = tensor_arg(kOp, "logits", logits, shape, ids);
+  ChoiceParams& c = p.choice;
+  c.dtype = p.logits.dtype;
+  c.logits = p.logits.data;
+  c.stride = c.seen_stride = p.vocab;
+  c.vocab = vocab_size;
+  STD_TORCH_CHECK(vocab_size > 0 && vocab_size <= p.vocab, kOp, ": vocab_size must be in [1, ",
+                  p.vocab, "], got ", vocab_size);
+  STD_TORCH_CHECK(!uniform.has_value() || temperature > 0, kOp,
+                  ": temperature must be positive, got ", temperature);
+  c.top_k = top_k;
+  c.top_p = static_cast<float>(top_p);
+  c.min_p = static_cast<float>(min_p);
+  c.temperature = static_cast<float>(temperature);
+  c.repetition_penalty = static_cast<float>(repetition_penalty);
+  c.tokens = static_cast<int64_t*>(choice_data("tokens", tokens, ScalarType::Long, {p.batch}));
+  if (seen.has_value()) {
+    c.seen = static_cast<uint8_t*>(choice_data("seen", *seen, ScalarType::Bool, shape));
+  }
+  if (uniform.has_value()) {
+    c.uniform =
+        static_cast<double*>(choice_data("uniform", *uniform, ScalarType::Double, {p.batch}));
+  }
+  const ChooseKernels chooser = choosers();
+  p.chooser = &chooser;
+  p.choice_scratch_bytes = chooser.scratch_bytes(c);
+  run_step(p);
 }
 
 WeightKind weight_kind(const Tensor& weight) {
@@ -247,5 +312,6 @@ void pack(Tensor weight, Tensor into) {
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_ssm, CPU, m) {
   m.impl("_decode_step", TORCH_BOX(&mamba::decode));
+  m.impl("_decode_and_choose", TORCH_BOX(&mamba::decode_and_choose));
   m.impl("_pack_weight", TORCH_BOX(&mamba::pack));
 }

@@ -44,9 +44,17 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan_fwd(
   p.chunk_states = mutable_float_data(chunk_states);
   const ScanEvents events = scan_events(p);
   fill_unused_states(p, events);
-  if (p.length > 0) {
-    parallel_for(0, p.batch * slices_per_row(p), 1,
-                 [&](int64_t begin, int64_t end) { scan_forward(p, events, begin, end); });
+  ScanCarry carry(p, false);
+  const auto run = [&](ScanPart part, int64_t first, int64_t last) {
+    parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+      scan_forward(p, events, carry, part, begin, end);
+    });
+  };
+  if (carry.segments > 1) {
+    run(ScanPart::kFirst, 0, carry.segments - 1);
+    run(ScanPart::kSecond, 1, carry.segments);
+  } else if (p.length > 0) {
+    run(ScanPart::kAll, 0, p.batch * slices_per_row(p));
   }
   return {out, final_state, chunk_states};
 }
@@ -72,24 +80,25 @@ void sum_slices(const ScanParams& p, const float* from, float* to) {
 struct Gradients {
   ScanCall& call;
   const Tensor& like;
+  int64_t parts;  // rows of partial sums
 
   Tensor floats(const Sizes& sizes) {
     return torch::stable::new_empty(like, sizes, std::make_optional(ScalarType::Float));
   }
   Tensor absent() { return torch::stable::new_empty(like, Sizes{0}); }
 
-  // Per batch row partial sums, to be added up over the batch.
-  Tensor over_batch(const Tensor& parts, const Sizes& sizes) {
+  // Partial sums of each batch row, or segment of it, to be added up.
+  Tensor over_batch(const Tensor& from, const Sizes& sizes) {
     Tensor total = floats(sizes);
     int64_t size = 1;
     for (int64_t s : sizes) size *= s;
-    sum_rows(float_data(parts), call.p.batch, size, mutable_float_data(total));
+    sum_rows(float_data(from), parts, size, mutable_float_data(total));
     return total;
   }
 
   Tensor projection_parts(bool constant) {
     const ScanParams& p = call.p;
-    return constant ? floats({p.batch, p.channels, p.state_dim})
+    return constant ? floats({parts, p.channels, p.state_dim})
                     : floats({p.batch, slices_per_row(p), p.state_dim, p.length});
   }
   Tensor projection(const Tensor& parts, bool constant, const Tensor& input) {
@@ -124,13 +133,14 @@ ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Ten
   p.chunk_states = const_cast<float*>(
       call.states("chunk_states", chunk_states, {p.batch, p.chunks, p.channels, p.state_dim}));
 
-  Gradients make{call, u};
+  ScanCarry carry(p, true);
+  Gradients make{call, u, p.batch * carry.segments};
   Tensor du = empty_like_layout(u), ddelta = empty_like_layout(delta);
   Tensor dz = z.has_value() ? empty_like_layout(*z) : make.absent();
-  Tensor dA = make.floats({p.batch, p.channels, p.state_dim});
+  Tensor dA = make.floats({make.parts, p.channels, p.state_dim});
   Tensor dB = make.projection_parts(p.constant_B), dC = make.projection_parts(p.constant_C);
-  Tensor dD = D.has_value() ? make.floats({p.batch, p.channels}) : make.absent();
-  Tensor dbias = delta_bias.has_value() ? make.floats({p.batch, p.channels}) : make.absent();
+  Tensor dD = D.has_value() ? make.floats({make.parts, p.channels}) : make.absent();
+  Tensor dbias = delta_bias.has_value() ? make.floats({make.parts, p.channels}) : make.absent();
   Tensor dinitial = initial_state.has_value() ? make.floats(sdn) : make.absent();
   g.du = call.arg("du", du, bdl, u);
   g.ddelta = call.arg("ddelta", ddelta, bdl, u);
@@ -149,10 +159,20 @@ ScanNineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Ten
     }
   }
   g.forward = p;
-  const int64_t units = p.batch * slices_per_row(p);
-  const int64_t grain = events.shared_starts ? std::max<int64_t>(1, units) : 1;
-  parallel_for(0, units, grain,
-               [&](int64_t begin, int64_t end) { scan_backward(g, events, begin, end); });
+  const int64_t units = p.batch * slices_per_row(p), segments = carry.segments;
+  // Segments of a row may share an initial state as well.
+  const bool alone = events.shared_starts || (segments > 1 && p.seq_idx && g.dinitial_state);
+  const auto run = [&](ScanPart part, int64_t first, int64_t last) {
+    parallel_for(
+        first, last, alone ? std::max<int64_t>(1, last - first) : 1,
+        [&](int64_t begin, int64_t end) { scan_backward(g, events, carry, part, begin, end); });
+  };
+  if (segments > 1) {
+    run(ScanPart::kFirst, 1, segments);
+    run(ScanPart::kSecond, 0, segments - 1);
+  } else {
+    run(ScanPart::kAll, 0, units);
+  }
   Tensor total_dB = make.projection(dB, p.constant_B, B);
   Tensor total_dC = make.projection(dC, p.constant_C, C);
   return {du,

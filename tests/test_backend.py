@@ -341,7 +341,7 @@ def test_every_op_has_an_opcheck_test():
 
 # Their arguments are a whole model: test_cpu_decode.py and test_cuda_decode.py have them, and
 # opcheck compares the fakes.
-_ON_MODELS = ("_decode_step", "_decode_step_weights", "_pack_weight")
+_ON_MODELS = ("_decode_step", "_decode_and_choose", "_decode_step_weights", "_pack_weight")
 
 
 def _arguments(name: str, dtype: torch.dtype, full: bool) -> tuple:

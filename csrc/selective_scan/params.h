@@ -29,7 +29,7 @@ struct ScanGradients {
   TensorArg dout, du, ddelta, dz;
   const float* dfinal_state = nullptr;  // (S, d, n)
   float* dinitial_state = nullptr;      // (S, d, n), zeroed
-  float* dA = nullptr;                  // per batch row: (b, d, n)
+  float* dA = nullptr;                  // per batch row, or segment of it: (b, d, n)
   float* dD = nullptr;                  // (b, d)
   float* ddelta_bias = nullptr;         // (b, d)
   // Sums over the channels of one slice: (b, slices, n, l), or for a constant per batch row (b, d,

@@ -50,6 +50,7 @@ class CpuDecoder:
         self._versions = self._stamp(tensors)
         self._values = _sample(tensors)
         self._step = torch.ops.mamba_ssm._decode_step.default
+        self._step_and_choose = torch.ops.mamba_ssm._decode_and_choose.default
 
     @staticmethod
     def _stamp(tensors: list[Tensor]) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -75,9 +76,50 @@ class CpuDecoder:
         Returns the logits (b, vocabulary) in the weights' dtype. Raises RuntimeError for ids
         outside the vocabulary and for caches of another shape.
         """
+        return self._step(ids, self.embedding, self.pack, self.layout, *self._states(caches))
+
+    def __call__(self, ids: Tensor, caches: dict[int, Any]) -> Tensor:
+        """``step``."""
+        return self.step(ids, caches)
+
+    def _states(self, caches: dict[int, Any]) -> tuple[list[Tensor], list[Tensor]]:
         layers = [caches[i] for i in range(self.n_layer)]
-        conv, ssm = [layer[0] for layer in layers], [layer[1] for layer in layers]
-        return self._step(ids, self.embedding, self.pack, self.layout, conv, ssm)
+        return [layer[0] for layer in layers], [layer[1] for layer in layers]
+
+    def new_logits(self, batch_size: int) -> Tensor:
+        """Memory for the logits of ``choose``."""
+        return self.embedding.new_empty(batch_size, self.embedding.shape[0])
+
+    def choose(
+        self,
+        ids: Tensor,
+        caches: dict[int, Any],
+        logits: Tensor,
+        tokens: Tensor,
+        seen: Tensor | None,
+        uniform: Tensor | None,
+        vocab_size: int,
+        **choice: Any,
+    ) -> None:
+        """``step``, and each row's next token from its logits, in the same call.
+
+        Args:
+            logits: of ``new_logits``; gets what ``step`` returns.
+            tokens: (b,) int64; gets the tokens.
+            seen: (b, vocabulary) bool, the tokens that the penalty concerns, or None.
+            uniform: (b,) fp64 in [0, 1), where in its distribution a row's token is; None takes
+                the most likely one.
+            vocab_size: only logits before it count.
+            choice: top_k, top_p, min_p, temperature, repetition_penalty, as in ``sample``.
+
+        Raises RuntimeError, besides ``step``'s reasons, where no distribution is left.
+        """
+        self._step_and_choose(
+            ids, self.embedding, self.pack, self.layout, *self._states(caches), logits, tokens,
+            seen, uniform, vocab_size, **choice,
+        )  # fmt: skip
+        if uniform is not None and bool((tokens < 0).any()):
+            raise RuntimeError("the logits contain NaN or infinity: there is nothing to sample")
 
 
 _lock = threading.Lock()

@@ -327,7 +327,8 @@ class MambaLMHeadModel(nn.Module, GenerationMixin, GradientCheckpointing):
     def decode_step(
         self, batch_size: int = 1
     ) -> Callable[[torch.Tensor, dict[int, Any]], torch.Tensor] | None:
-        """What `generate` steps with: step(ids (b,), caches) -> logits (b, V), or None.
+        """What `generate` steps with: step(ids (b,), caches) -> logits (b, V), or None; on a CPU
+        ``step.choose`` also takes the next tokens.
 
         On a GPU the fused step reads the model's weights where they are, for up to 8 rows. On a
         CPU it reads packed weights, made at the first call and again after the weights changed:
@@ -337,9 +338,8 @@ class MambaLMHeadModel(nn.Module, GenerationMixin, GradientCheckpointing):
         """
         if self.backbone.embedding.weight.is_cuda:
             decoder = cuda_decoder.decoder_for(self, batch_size)
-        else:
-            decoder = cpu_decoder.decoder_for(self)
-        return None if decoder is None else decoder.step
+            return None if decoder is None else decoder.step
+        return cpu_decoder.decoder_for(self)
 
     def steps_are_plain(self) -> bool:
         """Whether a decode step on a GPU does only what this class defines: no hooks, adapters or

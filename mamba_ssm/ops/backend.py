@@ -35,6 +35,7 @@ SHIPPED_KERNELS = {
             "_add_norm_bwd",
             "_state_update",
             "_decode_step",
+            "_decode_and_choose",
             "_pack_weight",
         }
     ),

@@ -317,6 +317,19 @@ OPS: tuple[Op, ...] = (
         _decode_step_fake,
     ),
     Op(
+        "_decode_and_choose",
+        "(Tensor ids, Tensor embedding, Tensor pack, Tensor layout, Tensor(a!)[] conv_states, "
+        "Tensor(b!)[] ssm_states, Tensor(c!) logits, Tensor(d!) tokens, Tensor? seen, "
+        "Tensor? uniform, int vocab_size, int top_k, float top_p, float min_p, float temperature, "
+        "float repetition_penalty) -> ()",
+        "_decode_step with its logits (b, vocab) and the next tokens (b,) written in place: the "
+        "first of the largest among vocab_size logits, those in seen (b, vocab) penalised, or "
+        "with uniform (b,) fp64 in [0, 1) the token at that part of the filtered distribution; "
+        "-1 where infinities or NaN leave no distribution",
+        _ref_decode.decode_and_choose,
+        lambda *arguments: None,
+    ),
+    Op(
         "_decode_step_weights",
         "(Tensor ids, Tensor embedding, Tensor[] weights, float eps, bool is_rms_norm, "
         "ScalarType residual_dtype, Tensor(a!)[] conv_states, Tensor(b!)[] ssm_states) -> Tensor",

@@ -76,6 +76,7 @@ class Chooser:
         self.seen = None
         if choice.keeps_seen:
             self.seen = torch.zeros(batch, vocab, dtype=torch.bool, device=device)
+        self._chosen: Tensor | None = None  # with _logits and _uniform, of choose_with
 
     def start(self, last: Tensor, tokens_seen: Tensor, seen: Tensor | None) -> None:
         """Begin a generation: each row's last token, its tokens so far, those that occurred."""
@@ -103,6 +104,36 @@ class Chooser:
                 generator=self.generator,
             )
         self._note(forced)
+        return self.tokens
+
+    def choose_with(self, decoder: Any, caches: dict[int, Any]) -> Tensor:
+        """The next token of each row, by a step that consumes the last ones and chooses itself.
+
+        The tokens are those of ``choose`` from the step's logits, with as many numbers drawn.
+        """
+        choice, batch = self.choice, len(self.tokens)
+        if self._chosen is None:
+            self._chosen = torch.empty_like(self.tokens)
+            self._logits = decoder.new_logits(batch)
+            self._uniform = torch.empty(batch, dtype=torch.double) if choice.is_random else None
+        if self._uniform is not None:
+            self._uniform.uniform_(generator=self.generator)
+        vocab = self._logits.shape[1]
+        decoder.choose(
+            self.tokens,
+            caches,
+            self._logits,
+            self._chosen,
+            self.seen if choice.repetition_penalty != 1.0 else None,
+            self._uniform,
+            vocab if choice.vocab_size is None else min(vocab, choice.vocab_size),
+            top_k=choice.top_k,
+            top_p=choice.top_p,
+            min_p=choice.min_p,
+            temperature=choice.temperature,
+            repetition_penalty=choice.repetition_penalty,
+        )
+        self._note(self._chosen)
         return self.tokens
 
     def _note(self, tokens: Tensor) -> None:

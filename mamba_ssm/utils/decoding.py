@@ -193,7 +193,7 @@ class DecodeLoop:
                 for _ in range(1, self.limit):
                     if self._all_finished():
                         break
-                    self._append(self._step(self.chooser.tokens.unsqueeze(1)))
+                    self._advance()
         finally:
             if r.streamer is not None:
                 r.streamer.end()
@@ -283,9 +283,21 @@ class DecodeLoop:
             logits = self._forward(self.ids[:, part], mask)
         return logits
 
-    def _step(self, tokens: Tensor) -> Tensor:
+    def _advance(self) -> None:
+        """Consume the tokens chosen last and choose the next ones."""
         if self.native is None:  # at the first step: prefill alone needs no packed weights
             self.native = self._native_step()
+        r = self.r
+        shows_logits = r.output_scores or r.teacher_outputs is not None
+        if shows_logits or not hasattr(self.native, "choose"):
+            self._append(self._step(self.chooser.tokens.unsqueeze(1)))
+            return
+        before = self._finished_before()
+        tokens = self.chooser.choose_with(self.native, self.params.key_value_memory_dict)
+        self.params.seqlen_offset += 1
+        self._appended(tokens, before)
+
+    def _step(self, tokens: Tensor) -> Tensor:
         if self.native:
             logits = self.native(tokens.squeeze(1), self.params.key_value_memory_dict)
             self.params.seqlen_offset += 1
@@ -318,19 +330,25 @@ class DecodeLoop:
 
     def _append(self, logits: Tensor) -> None:
         """Choose each row's next token from logits (b, vocab) and note which rows it finishes."""
-        r, chooser = self.r, self.chooser
+        r = self.r
         if r.output_scores:
             self.scores.append(logits[:, : r.vocab_size])
         forced, position = None, self.prompt_length + self.appended
         if r.teacher_outputs is not None and position < r.teacher_outputs.shape[1]:
             forced = r.teacher_outputs[:, position].to(self.device)
-        watched = self.stops is not None or (r.eos and r.return_state)
-        before = chooser.finished.clone() if watched else None
-        tokens = chooser.choose(logits, forced)
+        before = self._finished_before()
+        self._appended(self.chooser.choose(logits, forced), before)
+
+    def _finished_before(self) -> Tensor | None:
+        """Which rows are finished, where a step's effect on them has to be known."""
+        watched = self.stops is not None or (self.r.eos and self.r.return_state)
+        return self.chooser.finished.clone() if watched else None
+
+    def _appended(self, tokens: Tensor, before: Tensor | None) -> None:
         self.appended += 1
-        if r.streamer is not None:
-            r.streamer.put(tokens.to("cpu", copy=True))
-        if watched:
+        if self.r.streamer is not None:
+            self.r.streamer.put(tokens.to("cpu", copy=True))
+        if before is not None:
             self._finish_rows(tokens, before)
 
     def _finish_rows(self, tokens: Tensor, before: Tensor) -> None:

@@ -154,6 +154,24 @@ def greedy(logits: Tensor) -> Tensor:
     return start.squeeze(-1) + logits.gather(-1, inside).argmax(-1)
 
 
+def _draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One token for each row of probabilities (b, vocab).
+
+    On the CPU from one number for each row, the place of the token in the running sum: multinomial
+    draws one for every token of the vocabulary, which takes longer than the model's step.
+    """
+    if probs.device.type != "cpu":
+        return torch.multinomial(probs, num_samples=1, generator=generator).squeeze(-1)
+    uniform = torch.rand(len(probs), 1, dtype=torch.double, generator=generator)
+    sums = probs.double().cumsum(-1)
+    total = sums[:, -1:].contiguous()
+    if not bool(total.isfinite().all()):
+        raise RuntimeError("the logits contain NaN or infinity: there is nothing to sample")
+    tokens = torch.searchsorted(sums, uniform * total, right=True)
+    # Rounding can put the place at the very end, which is that of the last possible token.
+    return tokens.minimum(torch.searchsorted(sums, total)).squeeze(-1)
+
+
 def sample(
     logits: Tensor,
     top_k: int = 1,
@@ -187,4 +205,4 @@ def sample(
     if logits.shape[0] == 0:
         return torch.empty(0, dtype=torch.long, device=logits.device)
     probs = torch.softmax(filtered_logits(logits, top_k, top_p, min_p, temperature), dim=-1)
-    return torch.multinomial(probs, num_samples=1, generator=generator).squeeze(-1)
+    return _draw(probs, generator)

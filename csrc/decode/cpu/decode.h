@@ -1,4 +1,5 @@
-// One token of a whole language model for a batch of rows: embedding, layers, final norm, logits.
+// One token of a whole language model for a batch of rows: embedding, layers, final norm, logits,
+// and the choice of the next token.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,7 @@
 #include "../../common/team.h"
 #include "../../common/tensor_arg.h"
 #include "../../linear/packed_weight.h"
+#include "choose.h"
 
 namespace mamba {
 
@@ -39,6 +41,11 @@ struct DecodeParams {
   NormWeights norm_f;
   PackedWeight lm_head;
   TensorArg logits;  // (batch, vocab), contiguous
+  // What chooses from the logits, or null, and each member's memory for it.
+  const ChooseKernels* chooser = nullptr;
+  ChoiceParams choice;
+  char* choice_scratch = nullptr;
+  int64_t choice_scratch_bytes = 0;
 
   int64_t channels() const { return (d_inner + kBlock - 1) / kBlock * kBlock; }
   int64_t padded_state() const { return (d_state + kBlock - 1) / kBlock * kBlock; }

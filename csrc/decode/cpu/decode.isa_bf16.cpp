@@ -399,6 +399,15 @@ struct Worker {
     });
   }
 
+  // Rows are dealt out whole: who chooses one has no say in what is chosen.
+  void choose() const {
+    if (!p.chooser) return;
+    team.barrier(members);
+    for (int64_t r = member; r < p.batch; r += members) {
+      p.chooser->row(p.choice, r, p.choice_scratch + member * p.choice_scratch_bytes);
+    }
+  }
+
   void run() const {
     embed();
     for (int64_t i = 0; i < p.layers; ++i) {
@@ -415,6 +424,7 @@ struct Worker {
     }
     add_norm(p.norm_f, true, s.head_in);
     logits();
+    choose();
   }
 };
 

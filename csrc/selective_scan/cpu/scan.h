@@ -17,7 +17,7 @@ constexpr int64_t kSliceChannels = 64;
 constexpr int64_t kFewSlices = 4;
 
 // Where a row has few channels, slices are half as wide: more threads find work, of a more even
-// size, for a little more work in all. (The batch has no say: a row's bits do not depend on it.)
+// size, for a little more work in all.
 inline int64_t slice_channels(const ScanParams& p) {
   const int64_t whole = (p.group_channels() + kSliceChannels - 1) / kSliceChannels;
   return p.groups * whole < kFewSlices ? kSliceChannels / 2 : kSliceChannels;
@@ -44,6 +44,50 @@ inline ScanUnit scan_unit(const ScanParams& p, int64_t index) {
   return u;
 }
 
+// A single unit of many steps would leave all threads but one idle. It is cut into segments of the
+// length: what state a segment starts with is not known until all before it are done, but how it
+// depends on the state before it is. So
+//   1. the first segment (of the backward: the last) is done, and the others yield the state that
+//      they leave behind when they start from zero, and the sum of their deltas, which says what is
+//      left of the state before them;
+//   2. the others are done, each from the state that follows from these.
+// That is more work in all (two thirds of the forward, a fifth of the backward) for up to eight
+// threads. The shape alone decides, so that the bits are the same at any number of threads; here
+// the batch has a say as well: rows of a batch are threads' work enough.
+constexpr int64_t kSegments = 9, kManySteps = 2048;
+
+// The steps of a segment, or all of them where nothing is cut.
+inline int64_t segment_steps(const ScanParams& p, bool backward) {
+  if (p.batch * slices_per_row(p) != 1 || p.length < kManySteps) return p.length;
+  const int64_t steps = (p.length + kSegments * 64 - 1) / (kSegments * 64) * 64;
+  if (p.chunk_size >= p.length && !backward) return steps;  // no states are kept but the first
+  // The backward takes so many steps at once.
+  const int64_t together = p.chunk_size * std::max<int64_t>(1, 32 / p.chunk_size);
+  return steps % together == 0 ? steps : p.length;
+}
+
+// Part of a unit that one thread does at a time.
+enum class ScanPart {
+  kAll,     // [begin, end) are units
+  kFirst,   // [begin, end) are segments of the only unit; see above
+  kSecond,  // the same; to be called for what has not been done
+};
+
+// What the first part knows of each segment for the second.
+struct ScanCarry {
+  int64_t steps, segments;
+  std::vector<float> states;  // (segments, d, n): state behind it, the adjoint's in the backward
+  std::vector<float> delta;   // (segments, d): sum of delta
+
+  ScanCarry(const ScanParams& p, bool backward)
+      : steps(segment_steps(p, backward)),
+        segments(steps > 0 ? (p.length + steps - 1) / steps : 1) {
+    if (segments < 2) return;
+    states.resize(static_cast<size_t>(segments * p.channels * p.state_dim));
+    delta.resize(static_cast<size_t>(segments * p.channels));
+  }
+};
+
 // What seq_idx says about each step of every row, (b, l). Empty without seq_idx.
 struct ScanEvents {
   static constexpr int32_t kNothing = -1, kPadding = -2, kFreshStart = -3;
@@ -65,17 +109,23 @@ struct ScanEvents {
 
 ScanEvents scan_events(const ScanParams& p);
 
-// Runs units [begin, end).
-MAMBA_DECLARE_ISA(void scan_forward(const ScanParams& p, const ScanEvents& events, int64_t begin,
-                                    int64_t end))
-MAMBA_DECLARE_ISA(void scan_backward(const ScanGradients& g, const ScanEvents& events,
-                                     int64_t begin, int64_t end))
-
-inline void scan_forward(const ScanParams& p, const ScanEvents& e, int64_t begin, int64_t end) {
-  MAMBA_FOR_ISA(scan_forward, p, e, begin, end)
+// Whether the sequence starts anew before step t.
+inline bool restarts(const int32_t* before, int64_t t) {
+  return before && (before[t] >= 0 || before[t] == ScanEvents::kFreshStart);
 }
-inline void scan_backward(const ScanGradients& g, const ScanEvents& e, int64_t begin, int64_t end) {
-  MAMBA_FOR_ISA(scan_backward, g, e, begin, end)
+
+MAMBA_DECLARE_ISA(void scan_forward(const ScanParams& p, const ScanEvents& events, ScanCarry& carry,
+                                    ScanPart part, int64_t begin, int64_t end))
+MAMBA_DECLARE_ISA(void scan_backward(const ScanGradients& g, const ScanEvents& events,
+                                     ScanCarry& carry, ScanPart part, int64_t begin, int64_t end))
+
+inline void scan_forward(const ScanParams& p, const ScanEvents& e, ScanCarry& carry, ScanPart part,
+                         int64_t begin, int64_t end) {
+  MAMBA_FOR_ISA(scan_forward, p, e, carry, part, begin, end)
+}
+inline void scan_backward(const ScanGradients& g, const ScanEvents& e, ScanCarry& carry,
+                          ScanPart part, int64_t begin, int64_t end) {
+  MAMBA_FOR_ISA(scan_backward, g, e, carry, part, begin, end)
 }
 
 }  // namespace mamba

@@ -15,14 +15,17 @@ struct Blocks {
   int64_t begin, end;
 };
 
-// One unit: a slice of channels of one row, chunk after chunk from the end.
+// One unit, or a segment of it: a slice of channels of one row, chunk after chunk from the end.
 class Walk {
  public:
   // `tiles` has tile_floats() zeros. It is too large to ask the system for at every unit.
-  Walk(const ScanGradients& g, const ScanEvents& events, const ScanUnit& unit, Buffer& tiles)
+  Walk(const ScanGradients& g, const ScanEvents& events, ScanCarry& carry, const ScanUnit& unit,
+       const Segment& segment, Buffer& tiles)
       : g_(g),
         p_(g.forward),
         unit_(unit),
+        segment_(segment),
+        carry_(carry),
         before_(events.row_before(unit.row)),
         after_(events.row_after(unit.row)),
         n_(p_.state_dim),
@@ -42,7 +45,7 @@ class Walk {
       store(bias_ + block.lane, stage_row(p_.delta_bias, block.channel, block.count));
       read_tile(p_.A, block.channel * p_.A.stride[0], p_.A.stride[0], p_.A.stride[1], block.count,
                 static_cast<int>(n_), A_.get() + block.lane, kRow);
-      if (!g_.dfinal_state || before_) return;
+      if (!g_.dfinal_state || before_ || segment_.end < p_.length) return;
       read_states(state_at(g_.dfinal_state, unit_.row, block.channel), n_, block.count,
                   dstate_.get() + block.lane, kRow);
     });
@@ -56,29 +59,94 @@ class Walk {
   }
 
   void run() {
-    for (int64_t end = p_.chunks; end > 0;) {
-      const int64_t begin = (end - 1) / chunks_at_once_ * chunks_at_once_;
-      chunks(begin, end);
-      end = begin;
-    }
+    start();
+    for_each_group([&](int64_t begin, int64_t end) { chunks(begin, end); });
+    if (segment_.begin > 0 && segment_.end == p_.length) leave();
+    const int64_t part = unit_.row * carry_.segments + segment_.index;
     for_each_block([&](const Block& block) {
-      const auto write = [&](Buffer& rows, float* states) {
+      const auto write = [&](Buffer& rows, float* states, int64_t index) {
         write_states(rows.get() + block.lane, n_, block.count,
-                     state_at(states, unit_.row, block.channel), kRow);
+                     state_at(states, index, block.channel), kRow);
       };
-      write(dA_, g_.dA);
-      if (p_.constant_B) write(dB_, g_.dB);
-      if (p_.constant_C) write(dC_, g_.dC);
-      if (g_.dinitial_state && !before_) write(dstate_, g_.dinitial_state);
+      write(dA_, g_.dA, part);
+      if (p_.constant_B) write(dB_, g_.dB, part);
+      if (p_.constant_C) write(dC_, g_.dC, part);
+      if (g_.dinitial_state && !before_ && segment_.begin == 0) {
+        write(dstate_, g_.dinitial_state, unit_.row);
+      }
       for (int c = 0; c < block.count; ++c) {
-        const int64_t channel = unit_.row * p_.channels + block.channel + c;
+        const int64_t channel = part * p_.channels + block.channel + c;
         if (g_.dD) g_.dD[channel] = dD_[block.lane + c];
         if (g_.ddelta_bias) g_.ddelta_bias[channel] = dbias_[block.lane + c];
       }
     });
   }
 
+  // Only the adjoint state before the segment, from zero behind it.
+  void run_for_state() {
+    for_state_ = true;
+    for_each_group([&](int64_t begin, int64_t end) {
+      const int64_t t0 = begin * p_.chunk_size;
+      const int64_t steps = std::min(end * p_.chunk_size, p_.length) - t0;
+      C_.stage(t0, steps, before_);
+      for_each_block([&](const Block& block) {
+        stage_for_state(block, t0, steps);
+        int64_t s = 0;
+        for (; s + kRegisterVectors <= n_; s += kRegisterVectors) {
+          p_.constant_C ? adjoint<kRegisterVectors, true>(s, block, t0, steps)
+                        : adjoint<kRegisterVectors, false>(s, block, t0, steps);
+        }
+        for (; s < n_; ++s) {
+          p_.constant_C ? adjoint<1, true>(s, block, t0, steps)
+                        : adjoint<1, false>(s, block, t0, steps);
+        }
+      });
+    });
+    leave();
+  }
+
  private:
+  // Chunks of the segment that are staged together, from its end.
+  template <class F>
+  void for_each_group(F&& f) const {
+    const int64_t first = segment_.begin / p_.chunk_size;
+    for (int64_t end = (segment_.end + p_.chunk_size - 1) / p_.chunk_size; end > first;) {
+      const int64_t begin = (end - 1) / chunks_at_once_ * chunks_at_once_;
+      f(begin, end);
+      end = begin;
+    }
+  }
+
+  // The adjoint state behind the last step.
+  void start() {
+    const int64_t last = carry_.segments - 1;
+    Buffer behind(segment_.index < last ? n_ * kRow : 0);
+    for_each_block([&](const Block& block) {
+      float* const to = dstate_.get() + block.lane;
+      float* const from = behind.get() + block.lane;
+      for (int64_t i = last; i > segment_.index; --i) {
+        read_states(state_at(carry_.states.data(), i, block.channel), n_, block.count, from, kRow);
+        if (i == last || restarts_within(before_, scan_segment(p_, carry_, i))) {
+          for (int64_t s = 0; s < n_; ++s) store(to + s * kRow, load(from + s * kRow));
+          continue;
+        }
+        const Vec delta =
+            read_some<F32>(&carry_.delta[i * p_.channels + block.channel], block.count);
+        carry_over(delta, A_.get() + block.lane, from, n_, to, kRow);
+      }
+    });
+  }
+
+  // Notes the adjoint state before the first step.
+  void leave() {
+    for_each_block([&](const Block& block) {
+      write_states(dstate_.get() + block.lane, n_, block.count,
+                   state_at(carry_.states.data(), segment_.index, block.channel), kRow);
+      write_some<F32>(&carry_.delta[segment_.index * p_.channels + block.channel],
+                      load(deltas_ + block.lane), block.count);
+    });
+  }
+
   static int64_t chunks_at_once(const ScanParams& p) {
     return std::max<int64_t>(1, kTile / p.chunk_size);
   }
@@ -111,6 +179,24 @@ class Walk {
   void write(const TensorArg& x, const Block& block, int64_t t0, int64_t steps, Slot from) {
     write_tile(x, offset(x, block, t0), x.stride[1], x.stride[2], block.count,
                static_cast<int>(steps), tile(from, block), kStepRow, streams(p_, x));
+  }
+
+  void stage_for_state(const Block& block, int64_t t0, int64_t steps) {
+    read(p_.delta, block, t0, steps, kRaw);
+    read(g_.dout, block, t0, steps, kDy);
+    if (p_.z.data) read(p_.z, block, t0, steps, kGate);
+    finish_delta(p_, load(bias_ + block.lane), before_ ? before_ + t0 : nullptr, steps,
+                 tile(kRaw, block), tile(kDelta, block), kStepRow);
+    Vec sum{};
+    for (int64_t t = 0; t < steps; ++t) {
+      float* const step = tiles_.get() + t * kStepRow + block.lane;
+      if (p_.z.data) {
+        const Vec z = load(step + kGate * kRow);
+        store(step + kDy * kRow, load(step + kDy * kRow) * (z * sigmoid(z)));
+      }
+      sum += load(step + kDelta * kRow);
+    }
+    add(sum, deltas_ + block.lane);
   }
 
   void stage(const Block& block, int64_t t0, int64_t steps) {
@@ -148,7 +234,7 @@ class Walk {
   void end_of_sequence(int64_t t, const Blocks& blocks, int64_t first, int64_t states) {
     if (!restarts(before_, t)) return;
     float* to = nullptr;
-    if (before_[t] >= 0 && g_.dinitial_state) {
+    if (before_[t] >= 0 && g_.dinitial_state && !for_state_) {
       to = state_at(g_.dinitial_state, before_[t], unit_.channel);
     }
     for (int64_t s = first; s < first + states; ++s) {
@@ -167,6 +253,35 @@ class Walk {
       for (int64_t c = blocks.begin; c < blocks.end; ++c) {
         dstate_.get()[s * kRow + c] += from[c * n_ + s];
       }
+    }
+  }
+
+  // The beginning of the stretch of steps that ends at t0 + end and holds no event inside, after
+  // t0.
+  int64_t stretch_begin(int64_t t0, int64_t end) const {
+    if (!before_) return 0;
+    int64_t begin = end - 1;
+    while (begin > 0 && !restarts(before_, t0 + begin) && after_[t0 + begin - 1] < 0) --begin;
+    return begin;
+  }
+
+  template <int kStates, bool kConstantC>
+  void adjoint(int64_t first, const Block& block, int64_t t0, int64_t steps) {
+    const int64_t at = first * kRow + block.lane;
+    Sweep in{};
+    in.steps = tiles_.get() + block.lane;
+    in.A = A_.get() + at;
+    in.dstate = dstate_.get() + at;
+    in.C = kConstantC ? C_.block(static_cast<int>(block.lane / kLanes)) + first * kLanes
+                      : C_.at(0) + first;
+    in.n = n_;
+    const Blocks blocks{block.lane, block.lane + block.count};
+    for (int64_t end = steps; end > 0;) {
+      const int64_t begin = stretch_begin(t0, end);
+      final_gradient(t0 + end - 1, blocks, first, kStates);
+      sweep_adjoint<kStates, kConstantC>(in, begin, end);
+      end_of_sequence(t0 + begin, blocks, first, kStates);
+      end = begin;
     }
   }
 
@@ -196,9 +311,7 @@ class Walk {
       t = end;
     }
     for (int64_t end = steps; end > 0;) {
-      int64_t begin = end - 1;
-      if (!before_) begin = 0;
-      while (begin > 0 && !restarts(before_, t0 + begin) && after_[t0 + begin - 1] < 0) --begin;
+      const int64_t begin = stretch_begin(t0, end);
       final_gradient(t0 + end - 1, blocks, first, kStates);
       sweep_backward<kBlocks, kStates, kConstantB, kConstantC>(in, begin, end);
       end_of_sequence(t0 + begin, blocks, first, kStates);
@@ -263,7 +376,7 @@ class Walk {
       }
       last = block;
     });
-    if (begin > 0) {
+    if (begin * p_.chunk_size > segment_.begin) {
       const int64_t before = (begin - chunks_at_once_) * p_.chunk_size;
       for_each_block([&](const Block& block) {
         for (int64_t chunk = begin - chunks_at_once_; chunk < begin; ++chunk) {
@@ -342,25 +455,34 @@ class Walk {
   const ScanGradients& g_;
   const ScanParams& p_;
   const ScanUnit unit_;
+  const Segment segment_;
+  ScanCarry& carry_;
   const int32_t *before_, *after_;
   const int64_t n_, steps_, chunks_at_once_;
   int64_t staged_ = 0, staged_steps_ = 0;  // the steps that tiles_, B_ and C_ hold
-  bool lines_spread_ = false;
+  bool lines_spread_ = false, for_state_ = false;
   Buffer A_, dA_, state_, dstate_;
   ProjectionTile B_, C_;
   Buffer dB_, dC_;
   Buffer& tiles_;
   Lines lines_;
-  alignas(64) float D_[kRow], bias_[kRow], dD_[kRow] = {}, dbias_[kRow] = {};
+  alignas(64) float D_[kRow], bias_[kRow], dD_[kRow] = {}, dbias_[kRow] = {}, deltas_[kRow] = {};
 };
 
 }  // namespace
 
-void scan_backward(const ScanGradients& g, const ScanEvents& events, int64_t begin, int64_t end) {
-  Buffer tiles(Walk::tile_floats(g.forward));
+void scan_backward(const ScanGradients& g, const ScanEvents& events, ScanCarry& carry,
+                   ScanPart part, int64_t begin, int64_t end) {
+  const ScanParams& p = g.forward;
+  Buffer tiles(Walk::tile_floats(p));
   for (int64_t i = begin; i < end; ++i) {
     if (i > begin) tiles.clear();
-    Walk(g, events, scan_unit(g.forward, i), tiles).run();
+    if (part == ScanPart::kAll) {
+      Walk(g, events, carry, scan_unit(p, i), {0, 0, p.length}, tiles).run();
+      continue;
+    }
+    Walk walk(g, events, carry, scan_unit(p, 0), scan_segment(p, carry, i), tiles);
+    part == ScanPart::kFirst&& i < carry.segments - 1 ? walk.run_for_state() : walk.run();
   }
   end_of_stream();
 }

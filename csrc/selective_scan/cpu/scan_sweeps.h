@@ -220,5 +220,27 @@ void sweep_backward(const Sweep in, int64_t begin, int64_t end) {
   }
 }
 
+// The backward sweep of kStates vectors for the adjoint state alone.
+template <int kStates, bool kConstantC>
+void sweep_adjoint(const Sweep in, int64_t begin, int64_t end) {
+  Vec dh[kStates], A[kStates];
+#pragma GCC unroll 8
+  for (int s = 0; s < kStates; ++s) {
+    dh[s] = load(in.dstate + s * kRow);
+    A[s] = load(in.A + s * kRow);
+  }
+  for (int64_t t = end - 1; t >= begin; --t) {
+    const float* const step = in.steps + t * kStepRow;
+    const float* const C = kConstantC ? in.C : in.C + t * in.n;
+    const Vec delta = load(step + kDelta * kRow), dy = load(step + kDy * kRow);
+#pragma GCC unroll 8
+    for (int s = 0; s < kStates; ++s) {
+      dh[s] = (dh[s] + projected<kConstantC>(C, in.n, 0, s) * dy) * exp2(delta * A[s]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int s = 0; s < kStates; ++s) store(in.dstate + s * kRow, dh[s]);
+}
+
 }  // namespace MAMBA_ISA
 }  // namespace mamba

@@ -222,8 +222,33 @@ inline int64_t stretch_end(const int32_t* before, const int32_t* after, int64_t 
   return end;
 }
 
-inline bool restarts(const int32_t* before, int64_t t) {
-  return before && (before[t] >= 0 || before[t] == ScanEvents::kFreshStart);
+// Steps of one unit that are walked in one go.
+struct Segment {
+  int64_t index, begin, end;
+};
+
+inline Segment scan_segment(const ScanParams& p, const ScanCarry& carry, int64_t index) {
+  const int64_t begin = index * carry.steps;
+  return {index, begin, std::min(begin + carry.steps, p.length)};
+}
+
+// state <- carried behind a segment, from `state` before it, for kLanes channels and n states
+// `pitch` floats apart; A is times log2(e).
+inline void carry_over(Vec delta, const float* A, const float* behind, int64_t n, float* state,
+                       int64_t pitch) {
+  for (int64_t s = 0; s < n; ++s) {
+    const Vec h = load(state + s * pitch);
+    // In two factors: one might overflow where the product with a small state does not.
+    const Vec root = exp2(delta * load(A + s * pitch) * 0.5f);
+    store(state + s * pitch, load(behind + s * pitch) + (h == 0.0f ? Vec{} : h * root * root));
+  }
+}
+
+inline bool restarts_within(const int32_t* before, const Segment& segment) {
+  for (int64_t t = segment.begin; before && t < segment.end; ++t) {
+    if (restarts(before, t)) return true;
+  }
+  return false;
 }
 
 }  // namespace MAMBA_ISA

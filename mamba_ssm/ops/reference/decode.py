@@ -6,6 +6,7 @@ that they do not serve decodes through its modules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,6 +140,58 @@ def decode_step(
     reader = _Reader(pack, layout)
     states = list(zip(conv_states, ssm_states, strict=True))
     return _model_step(reader.parts, reader.sizes, ids, embedding, states)
+
+
+def _choose(
+    x: Tensor, uniform: Tensor, top_k: int, top_p: float, min_p: float, temperature: float
+) -> Tensor:
+    """Each row's token (b,) at the part ``uniform`` (b,) of its filtered distribution, or -1."""
+    x = x.float() / temperature
+    ordered, index = x.sort(dim=-1, descending=True, stable=True)
+    if 0 < top_k < x.shape[1]:
+        ordered = ordered.masked_fill(ordered < ordered[:, top_k - 1 : top_k], -torch.inf)
+    if 0 < top_p < 1:
+        probs = ordered.softmax(-1).double()
+        late = probs.cumsum(-1) - probs >= top_p
+        late[:, 0] = False
+        ordered = ordered.masked_fill(late, -torch.inf)
+    if min_p > 0:
+        ordered = ordered.masked_fill(ordered < ordered[:, :1] + math.log(min_p), -torch.inf)
+    weights = torch.zeros_like(x).scatter(1, index, ordered.softmax(-1)).double()
+    sums = weights.cumsum(-1)
+    tokens = (sums <= uniform[:, None] * sums[:, -1:]).sum(-1)
+    last = torch.where(weights > 0, torch.arange(x.shape[1]), 0).amax(-1)
+    return torch.where(sums[:, -1].isfinite(), tokens.minimum(last), -1)
+
+
+def decode_and_choose(
+    ids: Tensor,
+    embedding: Tensor,
+    pack: Tensor,
+    layout: Tensor,
+    conv_states: Sequence[Tensor],
+    ssm_states: Sequence[Tensor],
+    logits: Tensor,
+    tokens: Tensor,
+    seen: Tensor | None,
+    uniform: Tensor | None,
+    vocab_size: int,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    temperature: float,
+    repetition_penalty: float,
+) -> None:
+    """Internal op ``_decode_and_choose``: see ``ops/schema.py`` for shapes."""
+    logits.copy_(decode_step(ids, embedding, pack, layout, conv_states, ssm_states))
+    x = logits[:, :vocab_size]
+    if seen is not None:
+        penalised = torch.where(x < 0, x * repetition_penalty, x / repetition_penalty)
+        x = torch.where(seen[:, :vocab_size], penalised, x)
+    if uniform is None:
+        tokens.copy_(x.argmax(-1))
+    else:
+        tokens.copy_(_choose(x, uniform, top_k, top_p, min_p, temperature))
 
 
 def _layer_parts(weights: Sequence[Tensor], eps: float, is_rms: bool) -> dict[str, Any]:
