@@ -109,6 +109,7 @@ def segments(bench) -> list[Row]:
     def on(threads: int, run: Callable[[], Any], rows: int = 1) -> Callable[[], float]:
         def timed() -> float:
             torch.set_num_threads(threads)
+            run()  # lets the threads start
             start = time.perf_counter()
             run()
             elapsed = time.perf_counter() - start

@@ -52,6 +52,9 @@ class Walk {
     for (int64_t i = 0; i < n_ * kRow; i += kLanes) {
       store(A_.get() + i, load(A_.get() + i) * kLog2e);
     }
+    for (int64_t i = 0; i < kRow; i += kLanes) {
+      store(most_A_ + i, largest_A(A_.get() + i, n_, kRow));
+    }
   }
 
   static int64_t tile_floats(const ScanParams& p) {
@@ -89,11 +92,13 @@ class Walk {
       const int64_t t0 = begin * p_.chunk_size;
       const int64_t steps = std::min(end * p_.chunk_size, p_.length) - t0;
       C_.stage(t0, steps, before_);
+      small_ = true;
       for_each_block([&](const Block& block) {
         stage_for_state(block, t0, steps);
         int64_t s = 0;
         for (; s + kRegisterVectors <= n_; s += kRegisterVectors) {
           p_.constant_C ? adjoint<kRegisterVectors, true>(s, block, t0, steps)
+          : small_      ? adjoint<kRegisterVectors, false, true>(s, block, t0, steps)
                         : adjoint<kRegisterVectors, false>(s, block, t0, steps);
         }
         for (; s < n_; ++s) {
@@ -187,6 +192,7 @@ class Walk {
     if (p_.z.data) read(p_.z, block, t0, steps, kGate);
     finish_delta(p_, load(bias_ + block.lane), before_ ? before_ + t0 : nullptr, steps,
                  tile(kRaw, block), tile(kDelta, block), kStepRow);
+    small_ &= are_small(tile(kDelta, block), steps, kStepRow, load(most_A_ + block.lane));
     Vec sum{};
     for (int64_t t = 0; t < steps; ++t) {
       float* const step = tiles_.get() + t * kStepRow + block.lane;
@@ -206,6 +212,7 @@ class Walk {
     if (p_.z.data) read(p_.z, block, t0, steps, kGate);
     finish_delta(p_, load(bias_ + block.lane), before_ ? before_ + t0 : nullptr, steps,
                  tile(kRaw, block), tile(kDelta, block), kStepRow);
+    small_ &= are_small(tile(kDelta, block), steps, kStepRow, load(most_A_ + block.lane));
     for (int64_t t = 0; t < steps; ++t) {
       float* const step = tiles_.get() + t * kStepRow + block.lane;
       if (p_.z.data) {
@@ -256,16 +263,7 @@ class Walk {
     }
   }
 
-  // The beginning of the stretch of steps that ends at t0 + end and holds no event inside, after
-  // t0.
-  int64_t stretch_begin(int64_t t0, int64_t end) const {
-    if (!before_) return 0;
-    int64_t begin = end - 1;
-    while (begin > 0 && !restarts(before_, t0 + begin) && after_[t0 + begin - 1] < 0) --begin;
-    return begin;
-  }
-
-  template <int kStates, bool kConstantC>
+  template <int kStates, bool kConstantC, bool kSmall = false>
   void adjoint(int64_t first, const Block& block, int64_t t0, int64_t steps) {
     const int64_t at = first * kRow + block.lane;
     Sweep in{};
@@ -277,9 +275,9 @@ class Walk {
     in.n = n_;
     const Blocks blocks{block.lane, block.lane + block.count};
     for (int64_t end = steps; end > 0;) {
-      const int64_t begin = stretch_begin(t0, end);
+      const int64_t begin = stretch_begin(before_, after_, t0, end);
       final_gradient(t0 + end - 1, blocks, first, kStates);
-      sweep_adjoint<kStates, kConstantC>(in, begin, end);
+      sweep_adjoint<kStates, kConstantC, kSmall>(in, begin, end);
       end_of_sequence(t0 + begin, blocks, first, kStates);
       end = begin;
     }
@@ -307,11 +305,17 @@ class Walk {
     for (int64_t t = 0; t < steps;) {
       restart(t0 + t, blocks, first, kStates);
       const int64_t end = stretch_end(before_, after_, t0 + t, t0 + steps) - t0;
-      sweep_forward<kBlocks, kStates, kConstantB, kConstantC>(in, t, end, p_.z.data != nullptr);
+      const bool want_y = p_.z.data != nullptr;
+      if (!kConstantB && !kConstantC && small_) {
+        sweep_forward<kBlocks, kStates, kConstantB, kConstantC, !kConstantB && !kConstantC>(
+            in, t, end, want_y);
+      } else {
+        sweep_forward<kBlocks, kStates, kConstantB, kConstantC, false>(in, t, end, want_y);
+      }
       t = end;
     }
     for (int64_t end = steps; end > 0;) {
-      const int64_t begin = stretch_begin(t0, end);
+      const int64_t begin = stretch_begin(before_, after_, t0, end);
       final_gradient(t0 + end - 1, blocks, first, kStates);
       sweep_backward<kBlocks, kStates, kConstantB, kConstantC>(in, begin, end);
       end_of_sequence(t0 + begin, blocks, first, kStates);
@@ -368,6 +372,7 @@ class Walk {
     B_.stage(t0, steps, before_);
     C_.stage(t0, steps, before_);
     lines_.clear();
+    small_ = true;
     Block last{};
     for_each_block([&](const Block& block) {
       stage(block, t0, steps);
@@ -461,12 +466,14 @@ class Walk {
   const int64_t n_, steps_, chunks_at_once_;
   int64_t staged_ = 0, staged_steps_ = 0;  // the steps that tiles_, B_ and C_ hold
   bool lines_spread_ = false, for_state_ = false;
+  bool small_ = true;  // for the steps in tiles_, see decay_of
   Buffer A_, dA_, state_, dstate_;
   ProjectionTile B_, C_;
   Buffer dB_, dC_;
   Buffer& tiles_;
   Lines lines_;
-  alignas(64) float D_[kRow], bias_[kRow], dD_[kRow] = {}, dbias_[kRow] = {}, deltas_[kRow] = {};
+  alignas(64) float D_[kRow], bias_[kRow], dD_[kRow] = {}, dbias_[kRow] = {}, deltas_[kRow] = {},
+                                           most_A_[kRow];
 };
 
 }  // namespace

@@ -19,11 +19,12 @@ struct Steps {
   const float *B, *C;            // [t][n], or n vectors
   int64_t n;                     // distance between steps of B and C
   const Ahead* ahead;
+  bool small;  // see decay_of
 };
 
 // h <- exp2(delta A) h + delta u B, y += C h over steps [begin, end), for kStates states of a
 // block.
-template <int kStates, bool kConstantB, bool kConstantC>
+template <int kStates, bool kConstantB, bool kConstantC, bool kSmall>
 void advance(const Steps& in, const float* A, float* state, int64_t first, int64_t begin,
              int64_t end) {
   Vec h[kStates];
@@ -38,7 +39,7 @@ void advance(const Steps& in, const float* A, float* state, int64_t first, int64
     Vec y[2] = {load(in.y + t * kLanes), Vec{}};
 #pragma GCC unroll 16
     for (int s = 0; s < kStates; ++s) {
-      const Vec decay = exp2(delta * load(A_first + s * kLanes));
+      const Vec decay = decay_of<kSmall>(delta, load(A_first + s * kLanes));
       h[s] = decay * h[s] + delta_u * projection<kConstantB>(B, s);
       y[s & 1] += h[s] * projection<kConstantC>(C, s);
     }
@@ -48,20 +49,20 @@ void advance(const Steps& in, const float* A, float* state, int64_t first, int64
   for (int s = 0; s < kStates; ++s) store(state + (first + s) * kLanes, h[s]);
 }
 
-template <bool kConstantB, bool kConstantC>
+template <bool kConstantB, bool kConstantC, bool kSmall = false>
 void advance_all(const Steps& in, const float* A, float* state, int64_t begin, int64_t end) {
   int64_t s = 0;
   for (; s + kRegisterStates <= in.n; s += kRegisterStates) {
-    advance<kRegisterStates, kConstantB, kConstantC>(in, A, state, s, begin, end);
+    advance<kRegisterStates, kConstantB, kConstantC, kSmall>(in, A, state, s, begin, end);
   }
   if (kRegisterStates > 8 && s + 8 <= in.n) {
-    advance<8, kConstantB, kConstantC>(in, A, state, s, begin, end);
+    advance<8, kConstantB, kConstantC, kSmall>(in, A, state, s, begin, end);
     s += 8;
   }
   for (; s + 4 <= in.n; s += 4) {
-    advance<4, kConstantB, kConstantC>(in, A, state, s, begin, end);
+    advance<4, kConstantB, kConstantC, kSmall>(in, A, state, s, begin, end);
   }
-  for (; s < in.n; ++s) advance<1, kConstantB, kConstantC>(in, A, state, s, begin, end);
+  for (; s < in.n; ++s) advance<1, kConstantB, kConstantC, kSmall>(in, A, state, s, begin, end);
 }
 
 void advance_any(const ScanParams& p, const Steps& in, const float* A, float* state, int64_t begin,
@@ -70,13 +71,14 @@ void advance_any(const ScanParams& p, const Steps& in, const float* A, float* st
     p.constant_C ? advance_all<true, true>(in, A, state, begin, end)
                  : advance_all<true, false>(in, A, state, begin, end);
   } else {
-    p.constant_C ? advance_all<false, true>(in, A, state, begin, end)
-                 : advance_all<false, false>(in, A, state, begin, end);
+    if (p.constant_C) return advance_all<false, true>(in, A, state, begin, end);
+    in.small ? advance_all<false, false, true>(in, A, state, begin, end)
+             : advance_all<false, false>(in, A, state, begin, end);
   }
 }
 
 // The same without y.
-template <int kStates, bool kConstantB>
+template <int kStates, bool kConstantB, bool kSmall = false>
 void gather(const Steps& in, const float* A, float* state, int64_t first, int64_t begin,
             int64_t end) {
   Vec h[kStates];
@@ -89,7 +91,7 @@ void gather(const Steps& in, const float* A, float* state, int64_t first, int64_
     const float* B = kConstantB ? in.B + first * kLanes : in.B + t * in.n + first;
 #pragma GCC unroll 16
     for (int s = 0; s < kStates; ++s) {
-      const Vec decay = exp2(delta * load(A_first + s * kLanes));
+      const Vec decay = decay_of<kSmall>(delta, load(A_first + s * kLanes));
       h[s] = decay * h[s] + delta_u * projection<kConstantB>(B, s);
     }
   }
@@ -102,6 +104,7 @@ void gather_any(const ScanParams& p, const Steps& in, const float* A, float* sta
   int64_t s = 0;
   for (; s + kRegisterStates <= in.n; s += kRegisterStates) {
     p.constant_B ? gather<kRegisterStates, true>(in, A, state, s, begin, end)
+    : in.small   ? gather<kRegisterStates, false, true>(in, A, state, s, begin, end)
                  : gather<kRegisterStates, false>(in, A, state, s, begin, end);
   }
   for (; s < in.n; ++s) {
@@ -129,6 +132,8 @@ class Walk {
     for_each_block([&](int b, const Block& block) {
       store(D_ + b * kLanes, stage_row(p_.D, block.channel, block.count));
       store(bias_ + b * kLanes, stage_row(p_.delta_bias, block.channel, block.count));
+      store(most_A_ + b * kLanes,
+            largest_A(A_.get() + b * p_.state_dim * kLanes, p_.state_dim, kLanes));
     });
   }
 
@@ -243,14 +248,15 @@ class Walk {
     finish_delta(p_, load(bias_ + b * kLanes), before, steps, delta_u_, delta_);
   }
 
-  Steps staged(int b) {
+  Steps staged(int b, int64_t steps) {
     return {delta_,
             delta_u_,
             y_,
             p_.constant_B ? B_.block(b) : B_.at(0),
             p_.constant_C ? C_.block(b) : C_.at(0),
             p_.state_dim,
-            &ahead_};
+            &ahead_,
+            are_small(delta_, steps, kLanes, load(most_A_ + b * kLanes))};
   }
 
   void tile_for_state(int b, const Block& block, int64_t t0, int64_t steps) {
@@ -263,10 +269,11 @@ class Walk {
     }
     store(deltas_ + b * kLanes, load(deltas_ + b * kLanes) + sum);
     look_ahead(block, t0, true);
+    const Steps in = staged(b, steps);
     for (int64_t t = 0; t < steps;) {
       restart(t0 + t, block, state(b));
       const int64_t end = stretch_end(before_, after_, t0 + t, t0 + steps) - t0;
-      gather_any(p_, staged(b), A_.get() + b * p_.state_dim * kLanes, state(b), t, end);
+      gather_any(p_, in, A_.get() + b * p_.state_dim * kLanes, state(b), t, end);
       t = end;
     }
   }
@@ -281,7 +288,7 @@ class Walk {
       store(delta_u_ + t * kLanes, load(delta_ + t * kLanes) * u);
       store(y_ + t * kLanes, D * u);
     }
-    const Steps in = staged(b);
+    const Steps in = staged(b, steps);
     look_ahead(block, t0);
     for (int64_t t = 0; t < steps;) {
       const int64_t chunk = (t0 + t) / p_.chunk_size;
@@ -327,7 +334,8 @@ class Walk {
   Ahead ahead_;
   alignas(64) float u_[kTile * kLanes], delta_[kTile * kLanes], delta_u_[kTile * kLanes],
       y_[kTile * kLanes];
-  alignas(64) float D_[kSliceChannels], bias_[kSliceChannels], deltas_[kSliceChannels] = {};
+  alignas(64) float D_[kSliceChannels], bias_[kSliceChannels], deltas_[kSliceChannels] = {},
+                                                               most_A_[kSliceChannels];
 };
 
 }  // namespace

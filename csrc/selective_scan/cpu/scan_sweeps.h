@@ -97,7 +97,7 @@ MAMBA_INLINE Vec projected(const float* p, int64_t n, int b, int s) {
 
 MAMBA_INLINE void add(Vec x, float* to) { store(to, load(to) + x); }
 
-template <int kBlocks, int kStates, bool kConstantB, bool kConstantC>
+template <int kBlocks, int kStates, bool kConstantB, bool kConstantC, bool kSmall>
 void sweep_forward(const Sweep in, int64_t begin, int64_t end, bool want_y) {
   Vec h[kBlocks][kStates], A[kBlocks][kStates];
 #pragma GCC unroll 8
@@ -122,7 +122,7 @@ void sweep_forward(const Sweep in, int64_t begin, int64_t end, bool want_y) {
       const Vec delta_u = load(step + kDeltaU * kRow + b * kLanes);
 #pragma GCC unroll 8
       for (int s = 0; s < kStates; ++s, history += 2 * kLanes) {
-        const Vec decay = exp2(delta * A[b][s]);
+        const Vec decay = decay_of<kSmall>(delta, A[b][s]);
         const Vec left = decay * h[b][s];
         store(history, left);
         store(history + kLanes, decay);
@@ -221,7 +221,7 @@ void sweep_backward(const Sweep in, int64_t begin, int64_t end) {
 }
 
 // The backward sweep of kStates vectors for the adjoint state alone.
-template <int kStates, bool kConstantC>
+template <int kStates, bool kConstantC, bool kSmall = false>
 void sweep_adjoint(const Sweep in, int64_t begin, int64_t end) {
   Vec dh[kStates], A[kStates];
 #pragma GCC unroll 8
@@ -235,7 +235,7 @@ void sweep_adjoint(const Sweep in, int64_t begin, int64_t end) {
     const Vec delta = load(step + kDelta * kRow), dy = load(step + kDy * kRow);
 #pragma GCC unroll 8
     for (int s = 0; s < kStates; ++s) {
-      dh[s] = (dh[s] + projected<kConstantC>(C, in.n, 0, s) * dy) * exp2(delta * A[s]);
+      dh[s] = (dh[s] + projected<kConstantC>(C, in.n, 0, s) * dy) * decay_of<kSmall>(delta, A[s]);
     }
   }
 #pragma GCC unroll 8

@@ -168,6 +168,33 @@ inline void stage_A(const ScanParams& p, const ScanUnit& unit, float factor, flo
   }
 }
 
+// exp2(delta A); kSmall where |delta A| <= kSmallExponent at every step at hand.
+template <bool kSmall>
+MAMBA_INLINE Vec decay_of(Vec delta, Vec A) {
+  return kSmall ? exp2_small(delta, A) : exp2(delta * A);
+}
+
+// The largest |A| of each channel among n vectors `pitch` floats apart; infinity for a NaN.
+inline Vec largest_A(const float* A, int64_t n, int64_t pitch) {
+  Vec most{};
+  for (int64_t s = 0; s < n; ++s) {
+    const Vec a = absolute(load(A + s * pitch));
+    most = a <= most ? most : (a == a ? a : broadcast(__builtin_inff()));
+  }
+  return most;
+}
+
+// Whether |delta A| <= kSmallExponent at all steps of a tile.
+inline bool are_small(const float* delta, int64_t steps, int64_t pitch, Vec most_A) {
+  VecI small = VecI{} - 1;
+  for (int64_t t = 0; t < steps; ++t) {
+    small &= absolute(load(delta + t * pitch)) * most_A <= kSmallExponent;
+  }
+  int32_t all = -1;
+  for (int lane = 0; lane < kLanes; ++lane) all &= small[lane];
+  return all != 0;
+}
+
 // kLanes channels of a (d,) vector, 0 without one.
 inline Vec stage_row(const TensorArg& x, int64_t channel, int count) {
   float lanes[kLanes] = {};
@@ -220,6 +247,15 @@ inline int64_t stretch_end(const int32_t* before, const int32_t* after, int64_t 
     }
   }
   return end;
+}
+
+// The beginning, from t0 on, of the stretch that ends at t0 + end and holds no event inside; both
+// relative to t0.
+inline int64_t stretch_begin(const int32_t* before, const int32_t* after, int64_t t0, int64_t end) {
+  if (!before) return 0;
+  int64_t begin = end - 1;
+  while (begin > 0 && !restarts(before, t0 + begin) && after[t0 + begin - 1] < 0) --begin;
+  return begin;
 }
 
 // Steps of one unit that are walked in one go.
