@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.modules.sequence_args import is_plain
+from mamba_ssm.ops.linear import linear
 
 SCHEMES = ("int8",)
 # Weights in memory as floats at a time: they should stay in a cache.
@@ -62,9 +62,9 @@ class Int8Linear(nn.Module):
         if scales.shape[1] == 1 and x.dtype != torch.float16:
             # Small integers are exact in bf16 and fp32, so scaling can wait; sums of unscaled
             # products could overflow in fp16.
-            return F.linear(x, quantized.to(x.dtype)) * scales.squeeze(1).to(x.dtype)
+            return linear(x, quantized.to(x.dtype)) * scales.squeeze(1).to(x.dtype)
         groups = quantized.unflatten(1, (scales.shape[1], -1)).float()
-        return F.linear(x, (groups * scales.unsqueeze(-1)).flatten(1).to(x.dtype))
+        return linear(x, (groups * scales.unsqueeze(-1)).flatten(1).to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_features) → (…, out_features)."""

@@ -9,12 +9,20 @@ from torch import nn
 
 from mamba_ssm.modules.sequence_args import is_plain
 from mamba_ssm.ops import mamba_inner
+from mamba_ssm.ops.linear import linear
 from mamba_ssm.ops.mamba_block import block_applies, mamba_block, mamba_block_with_state
 
 
 def at_least_fp32(x: torch.Tensor | None) -> torch.Tensor | None:
     """x in fp32, or as it is where it is fp64 or None."""
     return x if x is None or x.dtype == torch.float64 else x.float()
+
+
+def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """layer(x); see ``linear`` for what is gained where the layer is plain."""
+    if is_plain(layer, nn.Linear):
+        return linear(x, layer.weight, layer.bias)
+    return layer(x)
 
 
 def _weights(layer: nn.Module) -> tuple[torch.Tensor | None, ...]:

@@ -21,7 +21,7 @@ from mamba_ssm.modules.block import Block
 from mamba_ssm.modules.constructor_checks import check_mamba_arguments
 from mamba_ssm.modules.dt_projection import DtProjection
 from mamba_ssm.modules.fused_path import at_least_fp32 as _at_least_fp32
-from mamba_ssm.modules.fused_path import fused_forward, fused_prefill
+from mamba_ssm.modules.fused_path import fused_forward, fused_prefill, project
 from mamba_ssm.modules.sequence_args import (
     Packing,
     causal_convolution,
@@ -31,6 +31,7 @@ from mamba_ssm.modules.sequence_args import (
 )
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
+from mamba_ssm.ops.linear import linear
 from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
 from mamba_ssm.ops.selective_state_update import selective_state_update
 
@@ -254,7 +255,7 @@ class Mamba(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, State | None]:
         """The layer op by op. Returns (out, the convolution's input (b, d, l), final state)."""
         conv_state, ssm_state = (None, None) if initial_state is None else initial_state
-        conv_input, z = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)
+        conv_input, z = project(self.in_proj, hidden_states).transpose(1, 2).chunk(2, dim=1)
         x, conv_final = causal_convolution(
             self.conv1d,
             causal_conv1d_fn,
@@ -290,18 +291,18 @@ class Mamba(nn.Module):
         if return_state:
             y, ssm_final = y
             state = (conv_final, ssm_final)
-        return self.out_proj(y.transpose(1, 2)), conv_input, state
+        return project(self.out_proj, y.transpose(1, 2)), conv_input, state
 
     def _select(
         self, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x (…, d_inner) → delta before its bias (…, d_inner), B and C (…, d_state), the bias."""
         # One dtype for the scan, also when a replaced projection computes in another.
-        projected = self.x_proj(x).to(x.dtype)
+        projected = project(self.x_proj, x).to(x.dtype)
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if is_plain(self.dt_proj, nn.Linear, DtProjection):
             # The bias goes to the scan or the update, which add it in fp32.
-            return F.linear(dt, self.dt_proj.weight), B, C, self.dt_proj.bias
+            return linear(dt, self.dt_proj.weight), B, C, self.dt_proj.bias
         return self.dt_proj(dt).to(x.dtype), B, C, None
 
     def _forward_cached(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
@@ -25,6 +24,7 @@ from ._autograd import (
 from ._checks import check_dtype, check_shape
 from .chunking import chunk_size_for
 from .dtypes import accumulate_dtype, kernel_dtype, no_wider_than
+from .linear import linear
 from .mamba_inner import _check_inner, _compose, _Options
 from .mamba_inner_steps import SMALL_WEIGHT, Args, _weight_gradient
 
@@ -78,7 +78,7 @@ class _Sizes(NamedTuple):
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None and bias.dtype != weight.dtype:
         bias = bias.to(weight.dtype)
-    return F.linear(rows, weight, bias)
+    return linear(rows, weight, bias)
 
 
 def _convolve(s: _Sizes, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -88,7 +88,7 @@ def _convolve(s: _Sizes, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 def _scan_inputs(s: _Sizes, conv: Tensor, xz: Tensor, x_dbl: Tensor, dt_proj: Tensor, small):
     """What forward and backward of the scan share; ``small`` is (A, D, delta_bias)."""
-    delta = s.sequences(F.linear(x_dbl[:, : s.rank], dt_proj))
+    delta = s.sequences(linear(x_dbl[:, : s.rank], dt_proj))
     B, C = s.selected(x_dbl, s.rank), s.selected(x_dbl, s.rank + s.n)
     A, D, bias = small
     return conv, delta, A, B, C, D, s.sequences(xz, s.d), bias, True, None, None, s.b
@@ -116,7 +116,7 @@ class MambaBlockFn(torch.autograd.Function):
             in_proj, x_proj, dt_proj, out_proj = weights
             xz = _linear(rows, in_proj, t.in_bias)
             conv = _convolve(s, s.sequences(xz), t.conv_weight.flatten(1), t.conv_bias)
-            x_dbl = F.linear(s.rows(conv), x_proj)
+            x_dbl = linear(s.rows(conv), x_proj)
             acc = accumulate_dtype(xz)
             A = torch.exp(t.A_log.to(acc)).neg_()
             small = A, no_wider_than(_wide(t.D), acc), no_wider_than(_wide(t.dt_bias), acc)

@@ -27,6 +27,7 @@ from .causal_conv1d import causal_conv1d_ref
 from .chunking import chunk_size_for
 from .client_layers import check_calling_mixer
 from .dtypes import accumulate_dtype
+from .linear import linear
 from .mamba_inner_steps import (
     SMALL_WEIGHT,
     Args,
@@ -62,7 +63,7 @@ def _autocast(args: Args, dtype: torch.dtype | None) -> Args:
 def _out_projection(y: Tensor, args: Args) -> Tensor:
     # A client keeps the bias in fp32 beside 16-bit weights; not every device mixes them.
     bias = None if args.out_bias is None else args.out_bias.to(args.out_proj.dtype)
-    return F.linear(y.transpose(1, 2), args.out_proj, bias)
+    return linear(y.transpose(1, 2), args.out_proj, bias)
 
 
 class MambaInnerFn(torch.autograd.Function):
@@ -109,7 +110,7 @@ class MambaInnerFn(torch.autograd.Function):
                 return _compose(ctx, *tensors)
             args = _autocast(flat_conv(Args(*tensors)), ctx.autocast_dtype)
             conv_out = convolve(args)
-            x_dbl = F.linear(conv_out.transpose(1, 2).to(args.x_proj.dtype), args.x_proj)
+            x_dbl = linear(conv_out.transpose(1, 2).to(args.x_proj.dtype), args.x_proj)
             p = project(args, x_dbl, None, ctx.eps)
             op = backend.resolve("_selective_scan_fwd", device, p.delta.dtype)
             ctx.chunk_size = chunk_size_for(xz.shape[2], op, xz.device.type, keep_states)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
 from .dtypes import accumulate_dtype, kernel_dtype, no_wider_than
 from .layout import is_channel_last
+from .linear import linear
 from .scan_groups import same_groups, sum_groups
 
 # Elements. Beyond, a copy in another dtype is not kept through the backward.
@@ -82,7 +82,7 @@ def project(args: Args, x_dbl: Tensor, delta_raw: Tensor | None, eps: float) -> 
     """delta, B and C out of x_proj's result x_dbl (b, l, r + n k)."""
     rank, n = args.delta_proj.shape[1], args.A.shape[1]
     if delta_raw is None:
-        delta_raw = F.linear(x_dbl[..., :rank], args.delta_proj)
+        delta_raw = linear(x_dbl[..., :rank], args.delta_proj)
     delta = _rms_rows(delta_raw, args.dt_rms, eps).transpose(1, 2)
     offset, values, raws = rank, [], []
     for given, bias, weight in (
