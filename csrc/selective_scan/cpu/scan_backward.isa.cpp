@@ -98,7 +98,7 @@ class Walk {
         int64_t s = 0;
         for (; s + kRegisterVectors <= n_; s += kRegisterVectors) {
           p_.constant_C ? adjoint<kRegisterVectors, true>(s, block, t0, steps)
-          : small_      ? adjoint<kRegisterVectors, false, true>(s, block, t0, steps)
+          : small_      ? adjoint<kRegisterVectors, false, kSmallPays>(s, block, t0, steps)
                         : adjoint<kRegisterVectors, false>(s, block, t0, steps);
         }
         for (; s < n_; ++s) {
@@ -307,8 +307,8 @@ class Walk {
       const int64_t end = stretch_end(before_, after_, t0 + t, t0 + steps) - t0;
       const bool want_y = p_.z.data != nullptr;
       if (!kConstantB && !kConstantC && small_) {
-        sweep_forward<kBlocks, kStates, kConstantB, kConstantC, !kConstantB && !kConstantC>(
-            in, t, end, want_y);
+        sweep_forward<kBlocks, kStates, kConstantB, kConstantC,
+                      kSmallPays && !kConstantB && !kConstantC>(in, t, end, want_y);
       } else {
         sweep_forward<kBlocks, kStates, kConstantB, kConstantC, false>(in, t, end, want_y);
       }

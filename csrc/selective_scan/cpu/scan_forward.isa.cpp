@@ -72,7 +72,7 @@ void advance_any(const ScanParams& p, const Steps& in, const float* A, float* st
                  : advance_all<true, false>(in, A, state, begin, end);
   } else {
     if (p.constant_C) return advance_all<false, true>(in, A, state, begin, end);
-    in.small ? advance_all<false, false, true>(in, A, state, begin, end)
+    in.small ? advance_all<false, false, kSmallPays>(in, A, state, begin, end)
              : advance_all<false, false>(in, A, state, begin, end);
   }
 }
@@ -104,7 +104,7 @@ void gather_any(const ScanParams& p, const Steps& in, const float* A, float* sta
   int64_t s = 0;
   for (; s + kRegisterStates <= in.n; s += kRegisterStates) {
     p.constant_B ? gather<kRegisterStates, true>(in, A, state, s, begin, end)
-    : in.small   ? gather<kRegisterStates, false, true>(in, A, state, s, begin, end)
+    : in.small   ? gather<kRegisterStates, false, kSmallPays>(in, A, state, s, begin, end)
                  : gather<kRegisterStates, false>(in, A, state, s, begin, end);
   }
   for (; s < in.n; ++s) {

@@ -168,6 +168,9 @@ inline void stage_A(const ScanParams& p, const ScanUnit& unit, float factor, flo
   }
 }
 
+// With AVX-512, which has instructions for the whole range, exp2_small takes no less time.
+constexpr bool kSmallPays = kLanes < 16;
+
 // exp2(delta A); kSmall where |delta A| <= kSmallExponent at every step at hand.
 template <bool kSmall>
 MAMBA_INLINE Vec decay_of(Vec delta, Vec A) {
@@ -186,6 +189,7 @@ inline Vec largest_A(const float* A, int64_t n, int64_t pitch) {
 
 // Whether |delta A| <= kSmallExponent at all steps of a tile.
 inline bool are_small(const float* delta, int64_t steps, int64_t pitch, Vec most_A) {
+  if (!kSmallPays) return false;
   VecI small = VecI{} - 1;
   for (int64_t t = 0; t < steps; ++t) {
     small &= absolute(load(delta + t * pitch)) * most_A <= kSmallExponent;
