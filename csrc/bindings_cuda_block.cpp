@@ -4,12 +4,11 @@
 #include <array>
 
 #include "bindings_cuda_parts.h"
+#include "bindings_cuda_views.h"
 #include "bindings_layout.h"
 #include "block/cuda/block.h"
 
 // Of torch's C interface of its CUDA operators, straight to cuBLAS.
-extern "C" AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle self,
-                                                 AtenTensorHandle mat2);
 extern "C" AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
                                                     AtenTensorHandle mat1, AtenTensorHandle mat2,
                                                     double beta, double alpha);
@@ -18,25 +17,6 @@ namespace mamba {
 namespace {
 
 using Sizes = std::vector<int64_t>;
-
-// A view by strides; `offset` counts from the first element of t.
-Tensor view(const Tensor& t, const Sizes& sizes, const Sizes& strides, int64_t offset = 0) {
-  int64_t start = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &start));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                     strides.data(), start + offset, &handle));
-  return Tensor(handle);
-}
-
-Tensor transposed(const Tensor& t) {
-  return view(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)});
-}
-
-void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
-}
 
 Tensor multiply(const Tensor& a, const Tensor& b) {
   Tensor out = fresh(a, {a.size(0), b.size(1)}, a.scalar_type());

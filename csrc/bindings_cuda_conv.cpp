@@ -175,6 +175,12 @@ Tensor conv_update_op(Tensor x, Tensor conv_state, Tensor weight, OptionalTensor
 }
 
 }  // namespace
+
+Tensor conv_step(const Tensor& x, const Tensor& conv_state, const Tensor& weight,
+                 const OptionalTensor& bias) {
+  return conv_update_op(x, conv_state, weight, bias, true, std::nullopt, std::nullopt);
+}
+
 }  // namespace mamba
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_ssm, CUDA, m) {

@@ -29,6 +29,10 @@ NineTensors scan_backward(Tensor dout, OptionalTensor dfinal_state, Tensor u, Te
 // The convolution with SiLU of one sequence a batch row, without its final states.
 Tensor block_conv_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 
+// The convolution with SiLU of the next inputs (b, d, l), whose states are moved on in place.
+Tensor conv_step(const Tensor& x, const Tensor& conv_state, const Tensor& weight,
+                 const OptionalTensor& bias);
+
 // dx_into: (b, d, l) of any strides for dx.
 FourTensors conv_backward(Tensor dout, OptionalTensor dfinal_states, Tensor x, Tensor weight,
                           OptionalTensor bias, OptionalTensor initial_states,

@@ -383,6 +383,11 @@ def _arguments(name: str, dtype: torch.dtype, full: bool) -> tuple:
             True, indices,
         ),
         "_add_norm_fwd": (rows, residual, weight, bias, 1e-5, not full, some(f32)),
+        "_mixer_step": (
+            normal(b, 2 * d), normal(d, w), some(normal(d)), normal(5 + 2 * n, d), normal(d, 5),
+            some(normal(d)), normal(d, n, dtype=f32), normal(d, dtype=f32), normal(b, d, w),
+            normal(b, d, n),
+        ),
         "_cross_entropy": (normal(5, d), torch.arange(5), 2 if full else -100),
     }  # fmt: skip
     if name.startswith("_mamba_block"):

@@ -170,6 +170,23 @@ def _decode_steps() -> None:
             print("ran", name, flush=True)
 
 
+def _mixer_steps() -> None:
+    for d_model, rank, batch in ((32, 16, 3), (768, 48, 17), (2560, 160, 9)):
+        for dtype in (torch.float16, torch.bfloat16):
+            layer = Mamba(d_model, dt_rank=rank, layer_idx=0, device="cuda", dtype=dtype)
+            for states in (dtype, torch.float32):
+                conv, ssm = layer.allocate_inference_cache(batch, 8)
+                ssm = ssm.to(states)
+                with torch.no_grad():
+                    for _ in range(2):
+                        x = torch.randn(batch, 1, d_model, device="cuda", dtype=dtype)
+                        out = layer.step(x, conv, ssm)[0]
+                name = f"mixer step, {dtype}, {d_model}, {batch} rows, states {states}"
+                if not all(result.isfinite().all() for result in (out, conv, ssm)):
+                    raise SystemExit(f"{name}: not finite")
+                print("ran", name, flush=True)
+
+
 PARTS = {
     "scans": _scans,
     "convolutions": _convolutions,
@@ -178,6 +195,7 @@ PARTS = {
     "losses": _losses,
     "decoding": _decoding,
     "steps": _decode_steps,
+    "mixer_steps": _mixer_steps,
 }
 
 

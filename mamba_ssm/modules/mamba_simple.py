@@ -22,6 +22,7 @@ from mamba_ssm.modules.constructor_checks import check_mamba_arguments
 from mamba_ssm.modules.dt_projection import DtProjection
 from mamba_ssm.modules.fused_path import at_least_fp32 as _at_least_fp32
 from mamba_ssm.modules.fused_path import fused_forward, fused_prefill, project
+from mamba_ssm.modules.fused_step import inner_step
 from mamba_ssm.modules.sequence_args import (
     Packing,
     causal_convolution,
@@ -409,13 +410,14 @@ class Mamba(nn.Module):
         self, hidden_states: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
     ) -> torch.Tensor:
         """One token without gradients: two fused updates, both in place."""
-        x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
+        xz = self.in_proj(hidden_states.squeeze(1))
+        ops = (causal_conv1d_update, selective_state_update)
+        if (y := inner_step(self, xz, conv_state, ssm_state, ops)) is not None:
+            return self.out_proj(y).unsqueeze(1)
+        x, z = xz.chunk(2, dim=-1)
+        conv = self.conv1d
         x = causal_conv1d_update(
-            x.to(conv_state.dtype),
-            conv_state,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            self.activation,
+            x.to(conv_state.dtype), conv_state, conv.weight.squeeze(1), conv.bias, self.activation
         ).to(z.dtype)
         dt, B, C, dt_bias = self._select(x)
         y = selective_state_update(

@@ -49,6 +49,7 @@ SHIPPED_KERNELS = {
             "_add_norm_fwd",
             "_add_norm_bwd",
             "_state_update",
+            "_mixer_step",
             "_decode_step_weights",
             "_cross_entropy",
             "_mamba_block_fwd",

@@ -29,6 +29,7 @@ from .reference import causal_conv1d as _ref_conv
 from .reference import cross_entropy as _ref_loss
 from .reference import decode as _ref_decode
 from .reference import mamba_block as _ref_block
+from .reference import mixer_step as _ref_mixer
 from .reference import norm as _ref_norm
 from .reference import selective_scan as _ref_scan
 from .reference import state_update as _ref_update
@@ -223,6 +224,12 @@ def _block_bwd_fake(
     )
 
 
+def _mixer_step_fake(
+    xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, conv_state, ssm_state
+):
+    return xz.new_empty((xz.shape[0], A_log.shape[0]))
+
+
 def _cross_entropy_fake(logits, targets, ignore_index):
     return logits.new_empty((logits.shape[0],), dtype=accumulate_dtype(logits))
 
@@ -287,6 +294,16 @@ OPS: tuple[Op, ...] = (
         "(b,h,p); A (h,p,n); B, C (b,g,n); D, dt_bias (h,p) -> (b,h,p)",
         _ref_update.state_update,
         _state_update_fake,
+    ),
+    Op(
+        "_mixer_step",
+        "(Tensor xz, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, "
+        "Tensor? dt_bias, Tensor A_log, Tensor D, Tensor(a!) conv_state, Tensor(b!) ssm_state) "
+        "-> Tensor",
+        "one token of a mixer between in_proj and out_proj: xz (b,2d) -> (b,d); conv_weight (d,w), "
+        "conv_state (b,d,w) and ssm_state (b,d,n) are moved on in place",
+        _ref_mixer.mixer_step,
+        _mixer_step_fake,
     ),
     Op(
         "_add_norm_fwd",

@@ -12,6 +12,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   constexpr int kHeld = kCount ? kCount : 1;
   const int vectors = kCount ? kCount : count;
   const int64_t size = a.p.size;
+  // The next row's loads are out while this one is worked on.
+  RawSum<false> next;
+  if constexpr (kCount == 1) next.load(a, blockIdx.x, column_of(0));
   float weight[kHeld][kVector], bias[kHeld][kVector];
   if constexpr (kCount > 0) {
 #pragma unroll
@@ -20,9 +23,6 @@ __global__ void __launch_bounds__(kMaxThreads)
       load_columns(bias[i], a.p.bias, column_of(i), size, 0.0f);
     }
   }
-  // The next row's loads are out while this one is worked on.
-  RawSum<false> next;
-  if constexpr (kCount == 1) next.load(a, blockIdx.x, column_of(0));
   int turn = 0;
   for (int64_t row = blockIdx.x; row < a.p.rows; row += gridDim.x) {
     float s[kHeld][kVector];

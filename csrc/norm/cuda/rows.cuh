@@ -90,6 +90,11 @@ __device__ __forceinline__ void store_row(const float (&v)[kVector], const RowAr
 // Columns of (size,) parameters; fp32 gradients come and go the same way.
 __device__ __forceinline__ void load_columns(float (&v)[kVector], const TensorArg& t,
                                              int64_t column, int64_t size, float absent) {
+  if (t.data && t.stride[0] == 1 && column + kVector <= size &&
+      reinterpret_cast<uintptr_t>(t.data) % 16 == 0) {
+    load_aligned<kVector>(v, t.data, t.dtype, column);
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
     const bool exists = t.data && column + k < size;
