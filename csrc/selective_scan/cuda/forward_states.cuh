@@ -239,16 +239,22 @@ __device__ __forceinline__ void run_states(Lane<S>& lane, const ForwardArgs& a, 
     for (int m = 0; m < kMaps; ++m) h[m] = fmaf(decay[m][i], h[m], input[m][i]);
   }
   scan_lanes<S::G, kMaps>(P, h);
-  __syncwarp();  // the carry has been read
+  // A lane takes what leaves the lane to its left; a channel's first lane what leaves the tile, and
+  // is the one that writes it, as it has read what entered: no other lane touches the carry.
+  const int left = static_cast<int>(threadIdx.x + S::G - 1) % S::G;
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
-    if (at.g == S::G - 1) write_channels<C>(in.carry + j * S::kChannels, h + j * C);
+  for (int m = 0; m < kMaps; ++m) h[m] = __shfl_sync(0xffffffffu, h[m], left, S::G);
+  if (at.g == 0) {
 #pragma unroll
-    for (int k = 0; k < C; ++k) {
-      const int m = j * C + k;
-      h[m] = __shfl_up_sync(0xffffffffu, h[m], 1, S::G);
-      if (at.g == 0) h[m] = carry[m];
-      if (F::kSlots > 0 && in.keeps) in.entering[k * F::kSlotPitch + j] = h[m];
+    for (int j = 0; j < N; ++j) write_channels<C>(in.carry + j * S::kChannels, h + j * C);
+#pragma unroll
+    for (int m = 0; m < kMaps; ++m) h[m] = carry[m];
+  }
+  if (F::kSlots > 0 && in.keeps) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+#pragma unroll
+      for (int k = 0; k < C; ++k) in.entering[k * F::kSlotPitch + j] = h[j * C + k];
     }
   }
 #pragma unroll
