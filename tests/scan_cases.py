@@ -33,6 +33,7 @@ class ScanCase:
 
 BASE = ScanCase()
 _PACKED = replace(BASE, length=37, d=4, n=3, packing="packed")
+_TILES = replace(BASE, d=96, length=200)  # whole tiles of the CUDA kernels, and a part of one
 
 CASES: dict[str, ScanCase] = {
     "base": BASE,
@@ -63,6 +64,13 @@ CASES: dict[str, ScanCase] = {
     "bf16": replace(BASE, dtype=torch.bfloat16),
     "fp16": replace(BASE, dtype=torch.float16),
     "bf16, all": replace(_PACKED, dtype=torch.bfloat16, initial_state=True),
+    "tiles": _TILES,
+    "tiles, bf16": replace(_TILES, dtype=torch.bfloat16),
+    "tiles, not aligned": replace(_TILES, dtype=torch.bfloat16, length=197),
+    "tiles, n=8": replace(_TILES, dtype=torch.float16, n=8),
+    "tiles, channel last": replace(_TILES, layout="channel last"),
+    "tiles, bf16, channel last": replace(_TILES, layout="channel last", dtype=torch.bfloat16),
+    "tiles, n=8, channel last": replace(_TILES, layout="channel last", dtype=torch.float16, n=8),
     "channel last": replace(BASE, layout="channel last"),
     "stride 0": replace(BASE, layout="stride 0"),
     "sliced": replace(BASE, layout="sliced"),

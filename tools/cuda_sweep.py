@@ -30,7 +30,8 @@ from mamba_ssm.ops.layer_norm import layer_norm_fn
 DTYPES = (torch.float32, torch.bfloat16)
 SCANS = [
     "base", "l=1", "l=257", "n=17", "n=64", "d=67", "vision", "constant B, C", "initial state",
-    "bf16", "bf16, all", "channel last", "stride 0", "holes", "returning", "shared by rows",
+    "tiles, n=8", "tiles, bf16, channel last", "bf16", "bf16, all", "channel last", "stride 0",
+    "holes", "returning", "shared by rows",
 ]  # fmt: skip
 # (config of a two-layer model, rows) of the fused decode step
 STEPS = [

@@ -6,6 +6,7 @@
 #include <cfloat>
 #include <type_traits>
 
+#include "../../common/cuda_launch.h"
 #include "barrier.cuh"
 #include "math.cuh"
 #include "scan_backward.h"

@@ -28,7 +28,7 @@ __device__ __forceinline__ void tile_map(const StateRun<S, kGeneral>& run, int s
 #pragma unroll
     for (int i = 0; i < 4; ++i) grad[4 * q + i] = lane.dy[4 * q + i] * C[i];
   }
-  s.P = fminf(fast_exp2(lane.delta_sum * A), FLT_MAX);
+  s.P = fminf(decay_of(lane.delta_sum, A), FLT_MAX);
   if constexpr (kGeneral) run.apply_events(state, s, grad);
   P = s.P, g = grad[L - 1];
 #pragma unroll
@@ -124,10 +124,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
 template <class S, class K, bool kGeneral>
 const char* launch_adjoint(const BackwardArgs& a, cudaStream_t stream) {
   const BackwardMemory<S, kGeneral> m(a, a.plan.stages);
-  const auto kernel = scan_adjoint_kernel<S, K, kGeneral>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, m.total);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  constexpr auto kernel = scan_adjoint_kernel<S, K, kGeneral>;
+  if (const char* failed = message(allow_shared_memory<kernel>(m.total))) return failed;
   const int64_t blocks = a.p.batch * (a.plan.segments - 1) * a.plan.slices;
   kernel<<<static_cast<unsigned>(blocks), S::kThreads, m.total, stream>>>(a);
   if (const char* failed = message(cudaGetLastError())) return failed;

@@ -170,8 +170,8 @@ template <class S>
 struct Launch {
   template <class K, bool kGeneral>
   static const char* run(const ForwardArgs& a, cudaStream_t stream) {
-    return launch_kernel(scan_forward_kernel<S, K, kGeneral>, a, S::kThreads,
-                         typename Forward<S>::Memory(a).total, stream);
+    return launch_kernel<scan_forward_kernel<S, K, kGeneral>>(
+        a, S::kThreads, typename Forward<S>::Memory(a).total, stream);
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../../common/cuda_launch.h"
 #include "forward_tile.cuh"
 
 namespace mamba {
@@ -32,14 +33,12 @@ ForwardArgs forward_args(const ScanParams& p, const CudaScanEvents& events) {
   return a;
 }
 
-template <class Kernel>
-const char* launch_kernel(Kernel kernel, const ForwardArgs& a, int threads, int memory,
-                          cudaStream_t stream) {
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory);
+template <auto kKernel>
+const char* launch_kernel(const ForwardArgs& a, int threads, int memory, cudaStream_t stream) {
+  cudaError_t error = allow_shared_memory<kKernel>(memory);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const int64_t blocks = a.p.batch * a.p.groups * a.blocks_per_group;
-  kernel<<<static_cast<unsigned>(blocks), threads, memory, stream>>>(a);
+  kKernel<<<static_cast<unsigned>(blocks), threads, memory, stream>>>(a);
   error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -73,5 +72,9 @@ const char* launch_for(const ForwardArgs& a, cudaStream_t stream) {
 const char* scan_forward_sequential(const ScanParams& p, const CudaScanEvents& events,
                                     cudaStream_t stream);
 bool sequential_fits(const ScanParams& p);
+// The same for what is usual: variable B and C, up to 16 states, one order and dtype of all
+// tensors, no seq_idx. Returns false where this is not so.
+bool try_forward_stream(const ScanParams& p, const CudaScanEvents& events, cudaStream_t stream,
+                        const char** error);
 
 }  // namespace mamba

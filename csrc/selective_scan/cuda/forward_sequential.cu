@@ -295,8 +295,8 @@ template <int kPer>
 struct Launch {
   template <class K, bool kGeneral>
   static const char* run(const ForwardArgs& a, cudaStream_t stream) {
-    return launch_kernel(sequential_kernel<K, kGeneral, kPer>, a, Shape::kThreads, Memory(a).total,
-                         stream);
+    return launch_kernel<sequential_kernel<K, kGeneral, kPer>>(a, Shape::kThreads, Memory(a).total,
+                                                               stream);
   }
 };
 
@@ -317,6 +317,8 @@ bool sequential_fits(const ScanParams& p) {
 const char* scan_forward_sequential(const ScanParams& p, const CudaScanEvents& events,
                                     cudaStream_t stream) {
   using namespace sequential;
+  const char* error = nullptr;
+  if (try_forward_stream(p, events, stream, &error)) return error;
   const ForwardArgs a = forward_args<Shape>(p, events);
   return p.state_dim <= 2 * kLanes ? launch_for<Launch<2>>(a, stream)
                                    : launch_for<Launch<4>>(a, stream);

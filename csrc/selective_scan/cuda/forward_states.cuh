@@ -221,10 +221,10 @@ __device__ __forceinline__ void run_states(Lane<S>& lane, const ForwardArgs& a, 
       }
 #pragma unroll
       for (int i = 0; i < L; ++i) {
-        decay[m][i] = fast_exp2(lane.delta[k][i] * A[k]);
+        decay[m][i] = decay_of(lane.delta[k][i], A[k]);
         input[m][i] = lane.du[k][i] * B[i];
       }
-      P[m] = fminf(fast_exp2(lane.delta_sum[k] * A[k]), FLT_MAX);
+      P[m] = fminf(decay_of(lane.delta_sum[k], A[k]), FLT_MAX);
       if constexpr (kGeneral) {
         const int64_t channel = at.channel + min(at.c + k, at.channels - 1);
         apply_starts<S>(lane, a, first_step, channel * a.p.state_dim + state + j,

@@ -12,7 +12,8 @@ struct ForwardArgs {
   CudaScanEvents events;
   TileSource u, delta, z, B, C, out;
   int64_t group_channels, blocks_per_group;
-  bool every_chunk;  // whether all chunk states are kept, or the first alone
+  bool every_chunk;     // whether all chunk states are kept, or the first alone
+  bool aligned = true;  // no tensor is moved element by element
 };
 
 // What a lane keeps over a tile.

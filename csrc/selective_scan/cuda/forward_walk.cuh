@@ -17,12 +17,14 @@ constexpr int kProjectionPitch = 2 * Shape::kStates + 4;  // (B, C) of a step
 constexpr int kOutPitch = kSteps + 4;                     // C h of a channel
 
 // Which of the kLanes lanes of its channel this thread is, and the channel's place in the block.
-// Neighbouring threads walk neighbouring channels: those that read the same B and C then sit in the
-// same quarter of a warp, which costs shared memory one access.
+// Lanes that differ in bit 0 walk the same channel and so read the same steps, those that differ in
+// bit 1 the same states and so read the same B and C: either way 16-byte reads of a warp then take
+// two accesses instead of four.
 constexpr int kWarpRows = 32 / kLanes;
-__device__ __forceinline__ int walking_lane() { return threadIdx.x % 32 / kWarpRows; }
+__device__ __forceinline__ int walking_lane() { return threadIdx.x % 2 + threadIdx.x / 16 % 2 * 2; }
+__device__ __forceinline__ int channel_in_warp() { return threadIdx.x / 2 % kWarpRows; }
 __device__ __forceinline__ int walking_channel() {
-  return threadIdx.x / 32 * kWarpRows + threadIdx.x % kWarpRows;
+  return threadIdx.x / 32 * kWarpRows + channel_in_warp();
 }
 
 // What seq_idx says about the steps of a tile, and which groups of four steps it concerns.
@@ -99,7 +101,7 @@ __device__ __forceinline__ float run_step(States<kPer>& s, float delta, float du
   float sum = 0.0f;
 #pragma unroll
   for (int k = 0; k < kPer; ++k) {
-    s.h[k] = fmaf(fast_exp2(delta * s.A[k]), s.h[k], du * B[k]);
+    s.h[k] = fmaf(decay_of(delta, s.A[k]), s.h[k], du * B[k]);
     sum = k ? fmaf(C[k], s.h[k], sum) : C[k] * s.h[k];
   }
   return sum;
@@ -109,10 +111,10 @@ __device__ __forceinline__ float run_step(States<kPer>& s, float delta, float du
 __device__ __forceinline__ float join_lanes(const float (&v)[4], int j) {
   const bool odd = j & 1, high = j & 2;
   float first = odd ? v[1] : v[0], second = odd ? v[3] : v[2];
-  first += __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], kWarpRows);
-  second += __shfl_xor_sync(0xffffffffu, odd ? v[2] : v[3], kWarpRows);
+  first += __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], 1);
+  second += __shfl_xor_sync(0xffffffffu, odd ? v[2] : v[3], 1);
   const float kept = high ? second : first;
-  return kept + __shfl_xor_sync(0xffffffffu, high ? first : second, 2 * kWarpRows);
+  return kept + __shfl_xor_sync(0xffffffffu, high ? first : second, 16);
 }
 
 // seq_idx and constant B and C, where a kernel serves them.
