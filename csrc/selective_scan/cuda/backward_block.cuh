@@ -419,6 +419,9 @@ struct BackwardBlock {
     }
     if (a.p.z.data) finish_z(lane, u, D, stage);
     read(raw, stage + m.delta, a.delta);
+    if (lane.masked) {
+      each([&](int i) { raw[i] = lane.masked >> i & 1 ? 0.0f : raw[i]; });
+    }
     const float* const deltas = floats(m.deltas) + at.thread() * 4;
 #pragma unroll
     for (int q = 0; q < S::L / 4; ++q) {
@@ -430,9 +433,8 @@ struct BackwardBlock {
     each([&](int i) {
       const float ddu = lane.ddu[i], x = raw[i] + bias;
       float ddelta = fmaf(ddu, u[i], kLn2 * lane.ddelta[i]);
-      // The derivative of softplus; where nothing flows, x may be anything.
-      if (a.p.delta_softplus)
-        ddelta = ddelta == 0.0f || x > 20.0f ? ddelta : ddelta * fast_sigmoid(x);
+      // The derivative of softplus.
+      if (a.p.delta_softplus) ddelta *= fast_sigmoid(x);
       dD = fmaf(lane.dy[i], u[i], dD);
       dbias += ddelta;
       lane.ddelta[i] = ddelta;

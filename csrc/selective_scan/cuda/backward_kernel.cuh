@@ -65,6 +65,7 @@ __device__ __forceinline__ void run_states(const BackwardBlock<S, K, kGeneral>& 
     StateSums sums;
     Group group;
     float grad[kGeneral ? S::L : 1], h, g;
+    const bool free = place_is_free<S>(block, turn);
     run.read_inputs(steps, rows);
     const float leaving =
         run.enter(state, steps, group, rows, grad, *in.entering, in.record[S::kChannels], h, g, dA);
@@ -75,7 +76,7 @@ __device__ __forceinline__ void run_states(const BackwardBlock<S, K, kGeneral>& 
     }
     record = in.record;
     run.template run_states<kExact>(steps, group, rows, h, sums);
-    wait_for_place<S>(block, turn);
+    wait_for_place<S>(block, turn, free);
     write_sums<S>(block, turn, 0, sums.C);
     // The row after the last is not used.
     run.template run_adjoints<kExact>(state, steps, group, rows, grad, g, record[M::kRecordPitch],
@@ -178,11 +179,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
   }
 }
 
-template <class Kernel>
-cudaError_t allow_memory(Kernel kernel, int bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 template <class S, class K, bool kGeneral, bool kExact>
 const char* launch_backward(const BackwardArgs& a, cudaStream_t stream) {
   if (a.plan.segments > 1) {
@@ -190,8 +186,8 @@ const char* launch_backward(const BackwardArgs& a, cudaStream_t stream) {
   }
   const BackwardMemory<S, kGeneral> m(a, a.plan.stages);
   const int64_t units = a.p.batch * a.plan.segments * a.plan.slices;
-  const auto kernel = scan_backward_kernel<S, K, kGeneral, kExact>;
-  if (const char* failed = message(allow_memory(kernel, m.total))) return failed;
+  constexpr auto kernel = scan_backward_kernel<S, K, kGeneral, kExact>;
+  if (const char* failed = message(allow_shared_memory<kernel>(m.total))) return failed;
   kernel<<<static_cast<unsigned>(units), S::kThreads, m.total, stream>>>(a, units);
   return message(cudaGetLastError());
 }

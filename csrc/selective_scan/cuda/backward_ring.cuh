@@ -39,10 +39,15 @@ __device__ __forceinline__ uint32_t ring_barrier(const Block& block, unsigned tu
   return shared_address(block.smem + block.m.barriers) + (which * S::kRing + turn % 4) * 8;
 }
 
-// Hands a state's sums to the warp that adds them up: dC (0) and dB (1).
+// Hands a state's sums to the warp that adds them up: dC (0) and dB (1). `free`: what place_is_free
+// said earlier.
 template <class S, class Block>
-__device__ __forceinline__ void wait_for_place(const Block& block, unsigned turn) {
-  barrier_wait(ring_barrier<S>(block, turn, 1), (turn / 4 & 1) ^ 1);
+__device__ __forceinline__ bool place_is_free(const Block& block, unsigned turn) {
+  return barrier_passed(ring_barrier<S>(block, turn, 1), (turn / 4 & 1) ^ 1);
+}
+template <class S, class Block>
+__device__ __forceinline__ void wait_for_place(const Block& block, unsigned turn, bool free) {
+  if (!free) barrier_wait(ring_barrier<S>(block, turn, 1), (turn / 4 & 1) ^ 1);
 }
 template <class S, class Block>
 __device__ __forceinline__ void write_sums(const Block& block, unsigned turn, int which,

@@ -13,32 +13,33 @@ struct BackwardLane {
   unsigned masked, starts, ends;  // a bit per step
 };
 
-// The inclusive scans of the affine maps x -> P x + h forward and x -> P x + g backward in time
-// over the four lanes of a channel, which lie 8 apart. Both need the same products of P: the
-// backward one takes them from the next lane. Growing products stay finite, so that 0 stays 0.
-// `sum` becomes the sum over the same lanes.
-__device__ __forceinline__ void scan_both(float P, float& h, float& g, float& sum) {
+// Over the four lanes of a channel, which lie 8 apart, lane i mapping x to P x + h forward and to
+// P x + g backward in time: h becomes what the lanes before hand to the lane, g what those after
+// hand to it; the first lane's h and the last one's g are undefined. `sum` becomes the sum over the
+// lanes. Every lane takes from all the others at once, so that one latency is waited for.
+__device__ __forceinline__ void join_lanes(float P, float& h, float& g, float& sum) {
   asm volatile(
-      "{.reg .pred p, q; .reg .f32 a, b, c, d;\n"
-      "shfl.sync.up.b32 a|p, %0, 8, 0, -1;\n"
-      "shfl.sync.down.b32 b|q, %1, 8, 31, -1;\n"
-      "shfl.sync.up.b32 c, %2, 8, 0, -1;\n"
-      "shfl.sync.bfly.b32 d, %3, 8, 31, -1;\n"
-      "@p fma.rn.f32 %0, %2, a, %0;\n"
-      "@q fma.rn.f32 %1, %2, b, %1;\n"
-      "mul.f32 %2, %2, c;\n"
-      "add.f32 %3, %3, d;}"
-      : "+f"(h), "+f"(g), "+f"(P), "+f"(sum));
-  P = fminf(P, FLT_MAX);
-  asm volatile(
-      "{.reg .pred p, q; .reg .f32 a, b, c, d;\n"
-      "shfl.sync.up.b32 a|p, %0, 16, 0, -1;\n"
-      "shfl.sync.down.b32 d, %3, 8, 31, -1;\n"
-      "shfl.sync.down.b32 b|q, %1, 16, 31, -1;\n"
-      "shfl.sync.bfly.b32 c, %2, 16, 31, -1;\n"
-      "@p fma.rn.f32 %0, %3, a, %0;\n"
-      "@q fma.rn.f32 %1, d, b, %1;\n"
-      "add.f32 %2, %2, c;}"
+      "{.reg .pred p, q, r, s; .reg .f32 a, b, c, d, e, f, u, v, w, x, y, z;\n"
+      "shfl.sync.up.b32 a|p, %0, 24, 0, -1;\n"
+      "shfl.sync.up.b32 b|q, %0, 16, 0, -1;\n"
+      "shfl.sync.up.b32 u, %3, 16, 0, -1;\n"
+      "shfl.sync.down.b32 d|r, %1, 24, 31, -1;\n"
+      "shfl.sync.down.b32 e|s, %1, 16, 31, -1;\n"
+      "shfl.sync.down.b32 w, %3, 16, 31, -1;\n"
+      "shfl.sync.up.b32 v, %3, 8, 0, -1;\n"
+      "shfl.sync.up.b32 c, %0, 8, 0, -1;\n"
+      "shfl.sync.down.b32 x, %3, 8, 31, -1;\n"
+      "shfl.sync.down.b32 f, %1, 8, 31, -1;\n"
+      "shfl.sync.bfly.b32 y, %2, 8, 31, -1;\n"
+      "@p fma.rn.f32 b, u, a, b;\n"
+      "@r fma.rn.f32 e, w, d, e;\n"
+      "add.f32 y, %2, y;\n"
+      "shfl.sync.bfly.b32 z, y, 16, 31, -1;\n"
+      "@q fma.rn.f32 c, v, b, c;\n"
+      "@s fma.rn.f32 f, x, e, f;\n"
+      "mov.f32 %0, c;\n"
+      "mov.f32 %1, f;\n"
+      "add.f32 %2, y, z;}"
       : "+f"(h), "+f"(g), "+f"(sum)
       : "f"(P));
 }
@@ -159,7 +160,7 @@ struct StateRun {
       float v[4];
       read_deltas(q, v);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) decay[4 * q + k] = fast_exp2(v[k] * A);
+      for (int k = 0; k < 4; ++k) decay[4 * q + k] = decay_of(v[k], A);
     }
   }
 
@@ -167,7 +168,7 @@ struct StateRun {
   // reads the q-th four steps of B (0) or C (1).
   __device__ __forceinline__ void begin(StateSteps<S>& s, float A) const {
     read_decays(s.decay, A);
-    s.A = A, s.P = fast_exp2(lane.delta_sum * A);
+    s.A = A, s.P = decay_of(lane.delta_sum, A);
   }
   template <class Rows>
   __device__ __forceinline__ void read_inputs(StateSteps<S>& s, Rows&& rows) const {
@@ -213,10 +214,9 @@ struct StateRun {
       }
     }
     g *= s.decay[0];
-    scan_both(s.P, h, g, dA);
-    const float leaving = g;
-    h = __shfl_up_sync(0xffffffffu, h, 8);
-    g = __shfl_down_sync(0xffffffffu, g, 8);
+    const float own = g;
+    join_lanes(s.P, h, g, dA);
+    const float leaving = fmaf(s.P, g, own);  // of the first lane
     if (at.i() == 0) h = entering;
     if (at.i() == S::kLanes - 1) g = carry;
     return leaving;
@@ -284,7 +284,7 @@ struct StateRun {
         const float du = lane.du[i];
         const float dh = kGeneral ? grad[kGeneral ? i : 0] + g : fmaf(lane.dy[i], now.C[k], g);
         g = s.decay[i] * dh;
-        s.decay[i] = fast_exp2(delta[k] * A_next);
+        s.decay[i] = decay_of(delta[k], A_next);
         float through = g * s.input[i];
         if constexpr (kGeneral) {
           adjoints[i] = dh;
@@ -304,7 +304,7 @@ struct StateRun {
       if (a.scratch.shared_starts) add_starts(state, s.A, adjoints);
       __syncwarp();
     }
-    s.A = A_next, s.P = fast_exp2(lane.delta_sum * A_next);
+    s.A = A_next, s.P = decay_of(lane.delta_sum, A_next);
   }
 
   __device__ __forceinline__ static void clear(float (&v)[4]) { v[0] = v[1] = v[2] = v[3] = 0.0f; }
@@ -313,7 +313,7 @@ struct StateRun {
   __device__ __forceinline__ float decayed_start(int i, int state, float A) const {
     const int id = exists() ? a.events.before[first_step + i] : -1;
     if (id < 0) return 0.0f;
-    return fast_exp2(delta(i) * A) * a.p.initial_state[state_index(id, state)];
+    return decay_of(delta(i), A) * a.p.initial_state[state_index(id, state)];
   }
 
   // Starts inside the lane's steps take their initial state and let nothing pass; the last step of
@@ -350,7 +350,7 @@ struct StateRun {
           if (!(lane.starts >> i & 1)) continue;
           const int id = a.events.before[first_step + i];
           if (id < 0) continue;
-          const float passed = fast_exp2(delta(i) * A) * dh[i];
+          const float passed = decay_of(delta(i), A) * dh[i];
           float* const to = a.dinitial_state + state_index(id, state);
           *to = shared ? *to + passed : passed;
         }

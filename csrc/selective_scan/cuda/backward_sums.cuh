@@ -6,8 +6,14 @@
 namespace mamba {
 
 // A sum in shared memory goes to global memory every so many tiles: one fp32 sum of thousands of
-// tiles would lose digits.
+// tiles would lose digits. What rounding takes from the sum there stays here.
 constexpr int kSumTiles = 32;
+
+__device__ __forceinline__ float add_all(float a, float b, float& rest) {
+  const float sum = a + b, of_b = sum - a;
+  rest = (a - (sum - of_b)) + (b - of_b);
+  return sum;
+}
 
 // Calls f(sums, place in a record) for the sums that a record holds.
 template <bool kGeneral, class F>
@@ -33,8 +39,9 @@ __device__ __forceinline__ void move_sums(const BackwardBlock<S, K, kGeneral>& b
   for (int s = 0; s < block.n; ++s) {
     each_sum<kGeneral>(a, [&](float* sums, int which) {
       float& sum = record[s * M::kRecordPitch + which * S::kChannels];
-      sums[to + s] = first ? sum : sums[to + s] + sum;
-      sum = 0.0f;
+      float rest = 0.0f;
+      sums[to + s] = first ? sum : add_all(sums[to + s], sum, rest);
+      sum = rest;
     });
   }
 }
