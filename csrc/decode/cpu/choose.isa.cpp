@@ -82,6 +82,7 @@ struct Candidate {
 // Logits fall into classes by how far they are below the largest one: 1 / 128 wide, the last one
 // without an end. Thresholds are found by going through the classes, then through one of them.
 constexpr int kClasses = 4096;
+constexpr int64_t kGroup = 64;  // logits whose maximum stands for them
 
 struct Scratch {
   float *values, *weights;
@@ -182,21 +183,53 @@ class Row {
     return static_cast<int>(std::min((top_ - value) * 128.0f, kClasses - 1.0f));
   }
 
+  static bool greater(float a, float b) { return a > b; }
+
   // The k-th largest value, and all that are equal to it.
   void keep_most_likely() {
+    float* const found = reinterpret_cast<float*>(s_.candidates);  // not in use yet
+    const int64_t groups = (n_ + kGroup - 1) / kGroup;
+    const int64_t k = p_.top_k <= groups ? few(groups, found) : many(found);
+    threshold_ = found[k];
+  }
+
+  // Few of the values: the k-th largest of the groups' maxima leaves few to look at. Returns the
+  // place of the k-th in `found`.
+  int64_t few(int64_t groups, float* found) const {
+    float* const maxima = s_.weights;  // not in use yet
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t start = g * kGroup;
+      maxima[g] = largest_of<F32>(s_.values + start, std::min(kGroup, n_ - start)).value;
+    }
+    const int64_t k = p_.top_k - 1;
+    std::copy(maxima, maxima + groups, found);
+    std::nth_element(found, found + k, found + groups, greater);
+    const float least = found[k];
+    int64_t count = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      if (maxima[g] < least) continue;
+      for (int64_t i = g * kGroup; i < std::min((g + 1) * kGroup, n_); ++i) {
+        if (s_.values[i] >= least) found[count++] = s_.values[i];
+      }
+    }
+    std::nth_element(found, found + k, found + count, greater);
+    return k;
+  }
+
+  // Many of them: by classes.
+  int64_t many(float* found) const {
     std::fill(s_.count, s_.count + kClasses, 0);
     for (int64_t i = 0; i < n_; ++i) ++s_.count[class_of(s_.values[i])];
     int chosen = 0;
     int64_t before = 0;
     while (before + s_.count[chosen] < p_.top_k) before += s_.count[chosen++];
-    float* const found = s_.weights;  // not in use yet
     int64_t count = 0;
     for (int64_t i = 0; i < n_; ++i) {
       if (class_of(s_.values[i]) == chosen) found[count++] = s_.values[i];
     }
-    float* const kth = found + (p_.top_k - before - 1);
-    std::nth_element(found, kth, found + count, [](float a, float b) { return a > b; });
-    threshold_ = *kth;
+    const int64_t k = p_.top_k - before - 1;
+    std::nth_element(found, found + k, found + count, greater);
+    return k;
   }
 
   void weigh() const {
@@ -243,11 +276,16 @@ class Row {
   // Makes the weight of everything else 0.
   void drop() const {
     if (threshold_ == -kInfinity) return;
+    int64_t i = 0;
+    for (; i + kLanes <= n_; i += kLanes) {
+      const Vec kept = load(s_.weights + i);
+      store(s_.weights + i, load(s_.values + i) >= threshold_ ? kept : Vec{});
+    }
+    for (; i < n_; ++i) s_.weights[i] = s_.values[i] >= threshold_ ? s_.weights[i] : 0.0f;
+    if (ties_ == n_) return;
     int64_t left = ties_;
-    for (int64_t i = 0; i < n_; ++i) {
-      const float value = s_.values[i];
-      if (value > threshold_ || (value == threshold_ && left-- > 0)) continue;
-      s_.weights[i] = 0;
+    for (i = 0; i < n_; ++i) {
+      if (s_.values[i] == threshold_ && left-- <= 0) s_.weights[i] = 0;
     }
   }
 
