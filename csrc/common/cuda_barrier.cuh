@@ -32,10 +32,6 @@ __device__ __forceinline__ void arrive_expecting(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void arrive_at(uint32_t barrier, int rank) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_at(barrier, rank))
-               : "memory");
-}
 __device__ __forceinline__ void wait_barrier(uint32_t barrier, int phase) {
   asm volatile(
       "{\n.reg .pred done;\nAGAIN:\n"
@@ -51,15 +47,6 @@ __device__ __forceinline__ void store_at(uint32_t to, uint32_t barrier, int rank
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
           address_at(to, rank)),
       "r"(__float_as_uint(value)), "r"(address_at(barrier, rank))
-      : "memory");
-}
-
-__device__ __forceinline__ void store_at(uint32_t to, uint32_t barrier, int rank, float4 value) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, "
-      "[%5];" ::"r"(address_at(to, rank)),
-      "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y)), "r"(__float_as_uint(value.z)),
-      "r"(__float_as_uint(value.w)), "r"(address_at(barrier, rank))
       : "memory");
 }
 
