@@ -8,13 +8,26 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$PWD
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
 for tool in "${@:-memcheck racecheck initcheck}"; do
   for name in $tool; do
-    # initcheck must see every kernel's writes; the other tools look at this library's kernels.
-    only=(--kernel-name kernel_substring=mamba)
-    [ "$name" = initcheck ] && only=()
+    # initcheck must see every kernel's writes. racecheck ends in an illegal access, also in a program with
+    # torch's kernels alone, where it leaves cuBLAS's kernels out, so it sees them too.
+    only=()
+    [ "$name" = memcheck ] && only=(--kernel-name kernel_substring=mamba)
     echo "== $name"
-    compute-sanitizer --tool "$name" "${only[@]}" --error-exitcode 1 --print-limit 20 \
-      "${PYTHON:-python}" tools/cuda_sweep.py ${PARTS:-} | grep -v "^ran " | tail -40
+    status=0
+    compute-sanitizer --tool "$name" "${only[@]}" --error-exitcode 1 --print-limit 200 \
+      "${PYTHON:-python}" tools/cuda_sweep.py ${PARTS:-} >"$log" 2>&1 || status=$?
+    grep -v "^ran " "$log" | tail -40
+    # Hazards that cuBLAS's own kernels have are no failure of this library's.
+    if [ "$name" = racecheck ] && [ "$status" != 0 ] && ! grep -q "mamba::" "$log" &&
+      ! grep -q "returned an error\|Internal Sanitizer Error" "$log"; then
+      echo "none of the hazards is in a kernel of this library"
+      status=0
+    fi
+    [ "$status" = 0 ] || exit "$status"
   done
 done
