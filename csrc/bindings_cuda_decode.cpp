@@ -146,6 +146,21 @@ DecodeCudaParams read_params(const Tensor& ids, const Tensor& embedding,
   return p;
 }
 
+// Whether all layers, and the last norm, have the same biases or none.
+bool layers_alike(const DecodeCudaParams& p) {
+  const auto same = [](const void* a, const void* b) { return (a == nullptr) == (b == nullptr); };
+  const DecodeLayerArgs& a = p.layer[0];
+  for (int i = 0; i < p.size.layers; ++i) {
+    const DecodeLayerArgs& b = p.layer[i];
+    if (!same(a.norm_bias, b.norm_bias) || !same(a.in_bias, b.in_bias) ||
+        !same(a.conv_bias, b.conv_bias) || !same(a.dt_bias, b.dt_bias) ||
+        !same(a.out_bias, b.out_bias)) {
+      return false;
+    }
+  }
+  return same(a.norm_bias, p.norm_bias);
+}
+
 Tensor decode(Tensor ids, Tensor embedding, std::vector<Tensor> weights, double eps,
               bool is_rms_norm, ScalarType residual_dtype, std::vector<Tensor> conv_states,
               std::vector<Tensor> ssm_states) {
@@ -164,6 +179,15 @@ Tensor decode(Tensor ids, Tensor embedding, std::vector<Tensor> weights, double 
     used += (floats + 63) / 64 * 64;
     return at;
   };
+  p.plan.one_row = p.plan.one_row && layers_alike(p);
+  if (p.plan.one_row) {
+    Tensor words = new_floats(embedding, {2 * p.plan.words});
+    Tensor logits = fresh(embedding, {1, s.vocab});
+    p.words = reinterpret_cast<uint64_t*>(floats_of(words));
+    p.logits = logits.data_ptr();
+    check_launch(kOp, decode_step_cuda(p, current_stream(embedding)));
+    return logits;
+  }
   const int64_t b = s.batch, inner = b * s.d_inner;
   const int64_t arrived = place(p.plan.blocks), residual = place(b * s.d_model), u = place(inner),
                 y = place(inner), gate = place(inner),

@@ -115,17 +115,60 @@ def test_options(changes, dtype, batch):
 @needs_cuda
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
-def test_cache_dtypes(dtype, cache_dtype):
-    check_step(make_model(dtype).cuda(), 2, cache_dtype)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_cache_dtypes(dtype, cache_dtype, batch):
+    check_step(make_model(dtype).cuda(), batch, cache_dtype)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["A_log", "D"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_other_dtypes_of_the_scan_parameters(name, batch):
+    model = make_model(BF16).cuda()
+    for block in model.backbone.layers:
+        parameter = getattr(block.mixer, name)
+        parameter.data = parameter.data.bfloat16()
+    check_step(model, batch)
+
+
+@needs_cuda
+def test_layers_with_and_without_a_bias():
+    """One row has a kernel of its own, which takes layers that are alike."""
+    model = make_model(F16).cuda()
+    model.backbone.layers[1].mixer.conv1d.bias = None
+    ids, cache = ids_for(1, 77, "cuda"), on_device(random_cache(model, 1), "cuda")
+    two = {i: tuple(t.repeat(2, 1, 1) for t in layer) for i, layer in cache.items()}
+    alone, both = fused_step(model, ids, cache), fused_step(model, ids.repeat(2), two)
+    assert torch.equal(alone, both[:1]) and torch.equal(both[0], both[1])
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [F16, F32], ids=str)
+@pytest.mark.parametrize("d_model", [768, 1536, 2048])
+def test_rows_in_pieces(d_model, dtype):
+    """Widths of released models: rows of weights are cut in one way or another for the warps."""
+    check_step(make_model(dtype, d_model=d_model, n_layer=2, vocab_size=501).cuda(), 1)
+
+
+@needs_cuda
+def test_many_layers_and_many_steps_in_flight():
+    """Words are written again in every layer and step: nobody may take those of another one."""
+    model = make_model(F16, d_model=16, n_layer=128).cuda()
+    ids, cache = ids_for(1, 77, "cuda"), on_device(random_cache(model, 1), "cuda")
+    first = fused_step(model, ids, copied(cache))
+    for _ in range(200):
+        logits = fused_step(model, ids, copied(cache))
+    assert torch.equal(first, logits)
 
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_steps_follow_the_modules(dtype):
+@pytest.mark.parametrize("batch", [1, 3])
+def test_many_steps_follow_the_modules(dtype, batch):
     """Twenty steps, greedy, from zero states; the same tokens are fed to both."""
     model = make_model(dtype, d_model=64, n_layer=4).cuda()
-    caches = [model.allocate_inference_cache(3, 8) for _ in range(2)]
-    ids = ids_for(3, 77, "cuda")
+    caches = [model.allocate_inference_cache(batch, 8) for _ in range(2)]
+    ids = ids_for(batch, 77, "cuda")
     for _ in range(20):
         expected = module_step(model, ids, caches[0])
         actual = fused_step(model, ids, caches[1])

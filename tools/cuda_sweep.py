@@ -40,6 +40,8 @@ STEPS = [
     ({"ssm_cfg": {"d_state": 5, "d_conv": 3, "bias": True, "dt_rank": 7, "conv_bias": False}}, 5),
     ({"ssm_cfg": {"d_state": 33, "d_conv": 1, "expand": 1}, "tie_embeddings": False}, 8),
     ({"d_model": 264, "vocab_size": 301}, 2),
+    ({"d_model": 264, "vocab_size": 301, "rms_norm": False}, 1),
+    ({"ssm_cfg": {"d_state": 33, "d_conv": 3, "bias": True, "dt_rank": 7, "conv_bias": False}}, 1),
 ]
 
 

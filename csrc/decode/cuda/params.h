@@ -37,6 +37,12 @@ struct DecodePlan {
   int out_parts = 1;  // out_proj's input is held in shared memory one part after the other
   int stages = 0;     // groups of weights in flight for each warp
   int64_t shared_bytes = 0;
+  // A single row has a kernel of its own, unless its shared memory is too small. Of the fields
+  // above it takes the blocks.
+  bool one_row = false;
+  int vectors = 0;  // 16-byte pieces of a weight that a lane multiplies at once
+  int model_pieces = 0, inner_pieces = 0;  // of a row of weights, for as many warps
+  int64_t words = 0;                       // that the blocks exchange results through
 };
 
 struct DecodeCudaParams {
@@ -58,6 +64,7 @@ struct DecodeCudaParams {
   void *u = nullptr, *y = nullptr;  // (batch, d_inner)
   float* gate = nullptr;            // (batch, d_inner)
   float* projected = nullptr;       // (x_slices, batch, dt_rank + 2 d_state)
+  uint64_t* words = nullptr;        // of a single row, instead of all these
   DecodeLayerArgs layer[kMaxDecodeLayers];
 };
 

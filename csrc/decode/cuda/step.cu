@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "decode.h"
+#include "row.h"
 #include "step.cuh"
 
 namespace mamba {
@@ -108,7 +109,9 @@ std::string decode_plan(const DecodeCudaSizes& s, int device, DecodePlan& plan) 
       plan.stages = stages;
       plan.out_parts = parts;
       plan.shared_bytes = fixed_bytes(stages) + largest_inputs(s, plan);
-      if (plan.shared_bytes <= shared) return "";
+      if (plan.shared_bytes > shared) continue;
+      plan.one_row = decode_row_plan(s, shared, plan);
+      return "";
     }
   }
   return "the inputs of " + std::to_string(s.batch) +
@@ -118,6 +121,10 @@ std::string decode_plan(const DecodeCudaSizes& s, int device, DecodePlan& plan) 
 const char* decode_step_cuda(const DecodeCudaParams& p, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   cudaError_t error;
+  if (p.plan.one_row) {
+    error = decode_row(p, stream);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  }
   switch (p.size.dtype) {
     case DType::kFloat16:
       error = launch_for_batch<__half>(p, stream);
