@@ -91,7 +91,8 @@ class Projection:
         if self.constant:
             self._gradient += (state * row).sum(dim=(0, 1))
         else:
-            self._gradient[lo:hi, t] = torch.matmul(state, row.transpose(-1, -2))
+            # Not a product of matrices: those add over a thousand channels one after the other.
+            torch.sum(state * row, dim=-1, keepdim=True, out=self._gradient[lo:hi, t])
 
     def gradient(self, length: int, like: Tensor) -> Tensor:
         """The collected gradient in the shape and dtype of the public argument."""
