@@ -65,11 +65,11 @@ SETTINGS = [
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_samples_follow_the_filtered_distribution_of_each_row(setting):
-    draws = 6000
+    draws = 60_000
     logits = torch.tensor(ROWS)
     stacked = logits.repeat(draws, 1)
     before = stacked.clone()
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(0)
     tokens = sample(stacked, **setting, generator=generator).view(draws, len(ROWS))
     assert torch.equal(stacked, before), "sample must not change the logits"
     for r, row in enumerate(ROWS):
