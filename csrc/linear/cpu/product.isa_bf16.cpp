@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kVecs = kBlock / kLanes;  // registers for the outputs of one block
 constexpr int64_t kPrefetchBytes = 4096;
+constexpr int kToSecondCache = 2;  // of __builtin_prefetch
 
 #if MAMBA_LANES == 16
 constexpr int kTileRows[] = {1, 2, 3, 4, 6, 8, 12, 16};
@@ -134,14 +135,19 @@ MAMBA_INLINE void sum_inputs(const typename W::T* w, int64_t stride, const float
                              int64_t end, Vec (*sums)[kRows]) {
   constexpr int64_t kElements = kBlock * W::kStep;                   // of a block, in a step
   constexpr int64_t kValues = W::kPairs ? kRows : kRows * W::kStep;  // floats of x in a step
-  constexpr int64_t kAhead = kPrefetchBytes / static_cast<int64_t>(sizeof(typename W::T));
+  // With few rows the reads follow each other fast enough for the nearer half.
+  constexpr int64_t kBytes = kRows <= 4 ? kPrefetchBytes / 2 : kPrefetchBytes;
+  constexpr int64_t kAhead = kBytes / static_cast<int64_t>(sizeof(typename W::T));
+  // Past a stream's end come the ones beside it, which are being read already, then those that the
+  // next call reads.
+  const int64_t past_end = (kBlocks - 1) * stride;
   int64_t step = begin / W::kStep;
   const int64_t last = end / W::kStep;
   for (; step + W::kStepsAtOnce <= last; step += W::kStepsAtOnce) {
+    const int64_t at = step * kElements + kAhead;
+    const typename W::T* const ahead = w + (at < stride ? at : at + past_end);
 #pragma GCC unroll 4
-    for (int b = 0; b < kBlocks; ++b) {
-      __builtin_prefetch(w + b * stride + step * kElements + kAhead);
-    }
+    for (int b = 0; b < kBlocks; ++b) __builtin_prefetch(ahead + b * stride, 0, kToSecondCache);
 #pragma GCC unroll 4
     for (int i = 0; i < W::kStepsAtOnce; ++i) {
       step_blocks<W, kRows, kBlocks>(w + (step + i) * kElements, stride, x + (step + i) * kValues,
