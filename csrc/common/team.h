@@ -46,8 +46,10 @@ class Team {
     return static_cast<int64_t>((state_.load(std::memory_order_acquire) & ~kClosed) / kMember);
   }
 
-  // Returns once every member has called it; what they wrote before is visible then.
-  void barrier(int64_t size) {
+  // Returns once every member has called it; what they wrote before is visible then. Calls `idle`
+  // again and again while it waits.
+  template <class F>
+  void barrier(int64_t size, F&& idle) {
     if (size == 1) return;
     const uint64_t round = round_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
@@ -55,7 +57,10 @@ class Team {
       round_.store(round + 1, std::memory_order_release);
       return;
     }
-    for (int64_t turn = 1; round_.load(std::memory_order_acquire) == round; ++turn) relax(turn);
+    for (int64_t turn = 1; round_.load(std::memory_order_acquire) == round; ++turn) {
+      idle();
+      relax(turn);
+    }
   }
 
  private:

@@ -9,6 +9,7 @@
 #include "../../common/simd_tiles.h"
 #include "../../linear/cpu/product.h"
 #include "decode.h"
+#include "upcoming.h"
 
 namespace mamba {
 namespace MAMBA_ISA {
@@ -90,59 +91,23 @@ struct Share {
   const PackedWeight* w = nullptr;
   int64_t begin = 0, end = 0;
 
-  const char* at(int64_t block) const {
-    return static_cast<const char*>(w->data) + block * w->in * kBlock * weight_bytes(w->kind);
+  int64_t bytes(int64_t blocks) const { return blocks * w->in * kBlock * weight_bytes(w->kind); }
+  Stretch stretch() const {
+    return {static_cast<const char*>(w->data) + bytes(begin), bytes(end - begin)};
   }
-};
-
-// What comes from memory while a thread computes something else than products: the rest of its
-// share of the weight at hand, then the beginning of its share of the next one. With one row that
-// is nothing; with many, memory would be idle for a third of the time.
-class Upcoming {
- public:
-  Upcoming(const Share& now, const Share& next, bool wanted) : now_(now) {
-    if (!wanted) return;
-    at_ = now.at(now.begin), end_ = now.at(now.end);
-    if (next.w) {
-      next_ = next.at(next.begin);
-      next_end_ = std::min(next.at(next.end), next_ + kSecondCache / 2);
-    }
-  }
-
-  // Products have read the blocks before this one.
-  void reached(int64_t block) {
-    const char* const place = now_.at(block);
-    if (end_ && !in_next_ && at_ < place) at_ = place;
-  }
-
-  MAMBA_INLINE void ask() {
-    for (int i = 0; i < kLines; ++i, at_ += 64) {
-      if (at_ >= end_) {
-        if (in_next_ || !next_) return;
-        at_ = next_, end_ = next_end_, in_next_ = true;
-      }
-      __builtin_prefetch(at_, 0, 2);
-    }
-  }
-
- private:
-  static constexpr int kLines = 16;
-  static constexpr int64_t kSecondCache = int64_t{1} << 20;
-  const Share now_;
-  const char *at_ = nullptr, *end_ = nullptr, *next_ = nullptr, *next_end_ = nullptr;
-  bool in_next_ = false;
 };
 
 template <class F>
-MAMBA_INLINE void multiply(const PackedWeight& w, const Activations& x, const Tile& tile,
-                           int64_t block, int64_t end, Upcoming& upcoming, F&& f) {
+MAMBA_INLINE void multiply(const Share& share, const Activations& x, const Tile& tile,
+                           int64_t block, int64_t end, Upcoming& upcoming, int64_t lines, F&& f) {
+  const PackedWeight& w = *share.w;
   alignas(64) float out[kProductFloats];
   const Product product = select_product(w.kind, tile.width);
   while (block < end) {
     const bool many = end - block >= product.blocks_at_once;
-    upcoming.reached(block + (many ? product.blocks_at_once : 1));
-    (many ? product.many : product.one)(w, block, x.tile(tile), out);
     const int64_t done = block + (many ? product.blocks_at_once : 1);
+    upcoming.reached(share.bytes(done - share.begin));
+    (many ? product.many : product.one)(w, block, x.tile(tile), out);
     for (float* values = out; block < done; ++block) {
       for (int64_t r = 0; r < tile.width; ++r, values += kBlock) {
         if (r >= tile.rows) continue;  // padding
@@ -150,7 +115,7 @@ MAMBA_INLINE void multiply(const PackedWeight& w, const Activations& x, const Ti
           store(values + i, load(values + i) + load(w.bias + block * kBlock + i));
         }
         f(block, tile, r, values);
-        upcoming.ask();
+        if (lines > 0) upcoming.ask(lines);
       }
     }
   }
@@ -161,21 +126,18 @@ inline ActivationLayout layout_for(const PackedWeight& w) {
 }
 
 // Calls f(block, tile, row of the tile, values) for every output of a share of a weight, bias
-// included; values are kBlock floats that f may overwrite. All tiles go through a few blocks before
-// the next blocks, so that the weight comes from memory once.
+// included; values are kBlock floats that f may overwrite. Then it asks for `lines` of what comes
+// next. All tiles go through a few blocks before the next blocks, so that the weight comes from
+// memory once.
 template <class F>
-void for_each_output(const Share& share, const Share& next, const Activations& x,
-                     const DecodeParams& p, F&& f) {
-  // Products of fp32 take so much of the time that they leave memory no rest: asking early costs
-  // them 3 % there, and saves 6 % with bf16 (16 rows, 130M parameters).
-  constexpr int64_t kManyRows = 8;
-  const bool early = p.batch >= kManyRows && share.w->kind != WeightKind::kFloat32;
-  Upcoming upcoming(share, next, early);
+void for_each_output(const Share& share, const Activations& x, const DecodeParams& p,
+                     Upcoming& upcoming, int64_t lines, F&& f) {
+  upcoming.next_stretch();
   for (int64_t begin = share.begin; begin < share.end; begin += kMaxBlocksAtOnce) {
     const int64_t stop = std::min<int64_t>(share.end, begin + kMaxBlocksAtOnce);
     for (int64_t first = 0; first < p.batch;) {
       const Tile tile = next_tile(p, first);
-      multiply(*share.w, x, tile, begin, stop, upcoming, f);
+      multiply(share, x, tile, begin, stop, upcoming, lines, f);
       first += tile.width;
     }
   }
