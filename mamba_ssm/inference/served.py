@@ -44,11 +44,13 @@ class NotServed(Exception):
 def _check_plain(name: str, module: nn.Module, *kinds: type[nn.Module]) -> None:
     if type(module) not in kinds:
         raise NotServed(f"{name} is a {type(module).__name__}")
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        raise NotServed(f"{name} has hooks")
-    changed = [key for key in ("forward", "step") if key in module.__dict__]
-    if changed:
-        raise NotServed(f"{name}.{changed[0]} was replaced")
+    own = module.__dict__
+    for hooks in _HOOKS:
+        if own[hooks]:
+            raise NotServed(f"{name} has hooks")
+    for key in ("forward", "step"):
+        if key in own:
+            raise NotServed(f"{name}.{key} was replaced")
 
 
 def check_process(op: str, device_type: str) -> None:

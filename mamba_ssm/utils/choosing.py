@@ -50,7 +50,8 @@ class Chooser:
         tokens: (b,) int64, what the last call chose; padding in rows that were finished before.
         last: (b,) int64, each row's last token that is no padding.
         finished: (b,) bool.
-        tokens_seen: (b,) int64, tokens of each row, those that it was started with included.
+        tokens_seen: (b,) int64, tokens of each row, those that it was started with included; like
+            count, up to date after ``settle``.
         seen: (b, vocab) bool, the tokens that occurred, or None where nothing needs them.
         count: () int64, the calls that found a row unfinished.
         history: (b, capacity) int64, the tokens of those calls.
@@ -72,11 +73,14 @@ class Chooser:
         self.tokens_seen = torch.zeros(batch, **long)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.count = torch.zeros((), **long)
-        self.history = torch.zeros(batch, capacity, **long)
+        self._rows = torch.zeros(capacity, batch, **long)
+        self.history = self._rows.t()
         self.seen = None
         if choice.keeps_seen:
             self.seen = torch.zeros(batch, vocab, dtype=torch.bool, device=device)
         self._chosen: Tensor | None = None  # with _logits and _uniform, of choose_with
+        # Steps of choose_with that `count` and `tokens_seen` miss, and `count` before them.
+        self._uncounted = self._counted = 0
 
     def start(self, last: Tensor, tokens_seen: Tensor, seen: Tensor | None) -> None:
         """Begin a generation: each row's last token, its tokens so far, those that occurred."""
@@ -84,6 +88,7 @@ class Chooser:
         self.tokens_seen.copy_(tokens_seen)
         self.finished.zero_()
         self.count.zero_()
+        self._uncounted = 0
         if self.seen is not None:
             self.seen.copy_(seen)
 
@@ -119,11 +124,14 @@ class Chooser:
         if self._uniform is not None:
             self._uniform.uniform_(generator=self.generator)
         vocab = self._logits.shape[1]
+        # Between two steps a torch call costs ten times what it does in a loop of its own: the
+        # step has taken its code and data out of the caches. So the common case makes but one.
+        chosen = self._chosen if choice.ends or self.seen is not None else self._next_row()
         decoder.choose(
             self.tokens,
             caches,
             self._logits,
-            self._chosen,
+            chosen,
             self.seen if choice.repetition_penalty != 1.0 else None,
             self._uniform,
             vocab if choice.vocab_size is None else min(vocab, choice.vocab_size),
@@ -133,10 +141,29 @@ class Chooser:
             temperature=choice.temperature,
             repetition_penalty=choice.repetition_penalty,
         )
-        self._note(self._chosen)
+        if chosen is self._chosen:
+            self._note(chosen)
+        else:
+            self.tokens = self.last = chosen
+            self._uncounted += 1
         return self.tokens
 
+    def _next_row(self) -> Tensor:
+        """Where in the history the tokens of the next step of choose_with belong."""
+        if self._uncounted == 0:
+            self._counted = int(self.count)
+        return self._rows[self._counted + self._uncounted]
+
+    def settle(self) -> None:
+        """Let ``count`` and ``tokens_seen`` include every step of ``choose_with``."""
+        if self._uncounted:
+            self.count += self._uncounted
+            self.tokens_seen += self._uncounted
+            self.tokens, self.last = self.tokens.clone(), self.last.clone()  # out of the history
+            self._uncounted = 0
+
     def _note(self, tokens: Tensor) -> None:
+        self.settle()
         if not self.choice.ends and self.seen is None:
             # Without ends no row pads: the common case, in few operations.
             self.tokens.copy_(tokens)

@@ -194,6 +194,7 @@ class DecodeLoop:
                     if self._all_finished():
                         break
                     self._advance()
+            self.chooser.settle()
         finally:
             if r.streamer is not None:
                 r.streamer.end()
