@@ -1,4 +1,4 @@
-"""Products of 16-bit rows on a CPU without instructions for them go by way of fp32."""
+"""Products of many rows on a CPU go by way of fp32 or through oneDNN where that is faster."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def test_products_are_those_of_exact_arithmetic(dtype, slow, monkeypatch):
 
 def test_when_it_goes_by_way_of_fp32(monkeypatch):
     monkeypatch.setattr(module, "is_slow", lambda _: True)
+    monkeypatch.setattr(module, "prefers_onednn", lambda: False)
     seen = []
     plain = F.linear
     monkeypatch.setattr(F, "linear", lambda x, *rest: seen.append(x.dtype) or plain(x, *rest))
@@ -46,6 +47,26 @@ def test_when_it_goes_by_way_of_fp32(monkeypatch):
     linear(x, weight, bias).sum().backward()
     assert seen == [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]
     assert weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="needs oneDNN")
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_onednn_gives_the_same_product(with_bias, monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "prefers_onednn", lambda: calls.append(1) or True)
+    x, weight, bias = inputs(torch.float32, 96)
+    bias = bias if with_bias else None
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    time_innermost = x.view(2, 48, 48).transpose(1, 2).contiguous().transpose(1, 2)
+    with torch.no_grad():
+        for rows in (x, x.view(2, 48, 48), time_innermost):
+            actual = linear(rows, weight, bias)
+            assert actual.shape == (*rows.shape[:-1], 20) and actual.is_contiguous()
+            torch.testing.assert_close(actual.double().flatten(0, -2), exact, rtol=1e-5, atol=1e-5)
+        assert torch.equal(linear(x[:8], weight, bias), F.linear(x[:8], weight, bias))
+    assert len(calls) == 3
+    assert linear(x.requires_grad_(), weight, bias).requires_grad
+    assert len(calls) == 3
 
 
 def test_only_16_bit_types_can_be_slow():

@@ -436,8 +436,10 @@ class MambaLMHeadModel(nn.Module, GenerationMixin, GradientCheckpointing):
             )
         logits = None
         if return_logits if return_logits is not None else labels is None:
-            if num_last_tokens > 0:
-                hidden_states = hidden_states[:, -num_last_tokens:]
+            if 0 < num_last_tokens < hidden_states.shape[1]:
+                # Of rows with gaps torch makes a batch of products, with a copy of the weight.
+                rows = hidden_states[:, -num_last_tokens:]
+                hidden_states = rows.clone(memory_format=torch.contiguous_format)
             logits = self.lm_head(hidden_states)
         if not extended:
             return CausalLMOutput(logits=logits)
