@@ -158,6 +158,8 @@ def linears(bench) -> list[Row]:
                     contest.absent.append(("packed once", str(error)[:80]))
                 else:
                     contest.contestants.append(Contestant("packed once", ours))
+                    plain = _repeated(pointwise, x, weight, None, "none", [], "")
+                    contest.contestants.append(Contestant("oneDNN, not packed", plain))
                 contests.append(contest)
     with torch.inference_mode():
         return measure(contests, max(bench.rounds, 9), bench.budget)
