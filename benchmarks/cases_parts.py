@@ -137,7 +137,7 @@ _LINEARS = {  # (inputs, outputs) of the largest projections, by model
 
 
 def linears(bench) -> list[Row]:
-    """Linear layers of 512 rows: torch's, and oneDNN's, with weights packed once and as they are."""
+    """Linear layers of 512 rows: torch's, and oneDNN's, the weights packed or as they are."""
     contests = []
     for dtype, kind in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         for shape, layers in _LINEARS.items():
