@@ -2,6 +2,7 @@
 
     python tools/cuda_sweep.py                  # everything
     python tools/cuda_sweep.py scans steps      # these parts; see PARTS
+    python tools/cuda_sweep.py --no-products    # nothing after 16-bit products of torch
 
 Prints what it ran and fails if an op has no kernel or a result is not finite.
 """
@@ -24,10 +25,13 @@ from mamba_ssm import Mamba, MambaLMHeadModel, selective_scan_fn, selective_stat
 from mamba_ssm.inference import cuda_decoder
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.models.loss import chunked_cross_entropy
+from mamba_ssm.modules.fused_step import inner_step
 from mamba_ssm.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.layer_norm import layer_norm_fn
 
 DTYPES = (torch.float32, torch.bfloat16)
+# What reads the results of torch's matrix products; with --no-products in fp32 only.
+AFTER_PRODUCTS = list(DTYPES)
 SCANS = [
     "base", "l=1", "l=257", "n=17", "n=64", "d=67", "vision", "constant B, C", "initial state",
     "tiles, n=8", "tiles, bf16, channel last", "bf16", "bf16, all", "channel last", "stride 0",
@@ -109,7 +113,7 @@ def _norms() -> None:
 
 
 def _blocks() -> None:
-    for dtype in DTYPES:
+    for dtype in AFTER_PRODUCTS:
         for d_model, length in ((16, 37), (5, 3)):
             layer = Mamba(d_model, device="cuda", dtype=dtype)
             x = torch.randn(2, length, d_model, device="cuda", dtype=dtype)
@@ -120,6 +124,13 @@ def _blocks() -> None:
 
 def _losses() -> None:
     for dtype in DTYPES:
+        for vocabulary in (9, 64, 8200):
+            logits = torch.randn(9, vocabulary, device="cuda", dtype=dtype)
+            targets = torch.arange(-1, 8, device="cuda")
+            losses = torch.ops.mamba_ssm._cross_entropy(logits, targets, -1)
+            if not (losses.isfinite().all() and logits.isfinite().all()):
+                raise SystemExit(f"loss of {vocabulary} tokens, {dtype}: not finite")
+    for dtype in AFTER_PRODUCTS:
         for vocabulary in (9, 64, 8200):
             head = nn.Linear(24, vocabulary, bias=False, device="cuda", dtype=dtype)
             targets = torch.arange(-1, 8, device="cuda")[None]
@@ -174,7 +185,11 @@ def _decode_steps() -> None:
 
 
 def _mixer_steps() -> None:
-    for d_model, rank, batch in ((32, 16, 3), (768, 48, 17), (2560, 160, 9)):
+    sizes = [(32, 16, 3), (768, 48, 17)]
+    if len(AFTER_PRODUCTS) > 1:  # of so many channels torch multiplies by x_proj
+        sizes.append((2560, 160, 9))
+    ops = (causal_conv1d_update, selective_state_update)
+    for d_model, rank, batch in sizes:
         for dtype in (torch.float16, torch.bfloat16):
             layer = Mamba(d_model, dt_rank=rank, layer_idx=0, device="cuda", dtype=dtype)
             for states in (dtype, torch.float32):
@@ -182,9 +197,11 @@ def _mixer_steps() -> None:
                 ssm = ssm.to(states)
                 with torch.no_grad():
                     for _ in range(2):
-                        x = torch.randn(batch, 1, d_model, device="cuda", dtype=dtype)
-                        out = layer.step(x, conv, ssm)[0]
+                        xz = torch.randn(batch, 4 * d_model, device="cuda", dtype=dtype)
+                        out = inner_step(layer, xz, conv, ssm, ops)
                 name = f"mixer step, {dtype}, {d_model}, {batch} rows, states {states}"
+                if out is None:
+                    raise SystemExit(f"{name}: not one op")
                 if not all(result.isfinite().all() for result in (out, conv, ssm)):
                     raise SystemExit(f"{name}: not finite")
                 print("ran", name, flush=True)
@@ -204,6 +221,9 @@ PARTS = {
 
 def main(names: list[str]) -> None:
     """Run the named parts, or all, on the native backend."""
+    if "--no-products" in names:
+        names.remove("--no-products")
+        AFTER_PRODUCTS[:] = [torch.float32]
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         raise SystemExit(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")

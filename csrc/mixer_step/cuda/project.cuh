@@ -195,9 +195,10 @@ __global__ void __launch_bounds__(kProjectThreads, 1)
   if (threadIdx.x == 0) {
     init_barrier(gathered, 1);
     publish_barriers();
-    arrive_expecting(gathered, blocks * shared.each * kStepRows * 4);
   }
   __syncthreads();
+  if (threadIdx.x == 0) arrive_expecting(gathered, blocks * shared.each * kStepRows * 4);
+  __syncwarp();
   arrive_at_cluster();
   const int64_t row = first + warp / kRowWarps;
   ConvRow<T> conv{shared, min(row, p.batch - 1), start, p.channels, row < p.batch, {}};
