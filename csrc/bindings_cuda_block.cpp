@@ -3,10 +3,8 @@
 // mamba_ssm/ops/schema.py.
 #include <array>
 
-#include "bindings_cuda_parts.h"
-#include "bindings_cuda_views.h"
+#include "bindings_cuda_block.h"
 #include "bindings_layout.h"
-#include "block/cuda/block.h"
 
 // Of torch's C interface of its CUDA operators, straight to cuBLAS.
 extern "C" AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
@@ -40,67 +38,9 @@ void add_product(const Tensor& to, const Tensor& a, const Tensor& b) {
       aoti_torch_cuda_addmm_out(to.get(), to.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
-// Tensors in another dtype, converted together in one launch.
-struct Converter {
-  const char* op;
-  Conversions all;
-
-  void add(const Tensor& from, const Tensor& to, bool negative_exp = false) {
-    STD_TORCH_CHECK(all.count < kMostConversions, op, ": too many conversions");
-    Conversion& c = all.all[all.count++];
-    c.from = from.data_ptr(), c.to = to.data_ptr(), c.count = from.numel();
-    c.from_dtype = dtype_of(op, "an argument", from), c.to_dtype = dtype_of(op, "a result", to);
-    c.negative_exp = negative_exp;
-  }
-
-  // t if it has that dtype, else a new tensor, which `run` fills.
-  Tensor converted(const Tensor& t, ScalarType dtype) {
-    if (t.scalar_type() == dtype) return t;
-    const Tensor from = contiguous_of(t);
-    kept.push_back(from);
-    Tensor to = fresh(t, sizes_of(t), dtype);
-    add(from, to);
-    return to;
-  }
-
-  void run(void* stream) { check_launch(op, convert_cuda(all, stream)); }
-
-  std::vector<Tensor> kept;
-};
-
-// The sizes of a call, and views of matrices whose rows are (batch, step).
-struct BlockSizes {
-  int64_t b, length, d, n, rank;
-
-  // d columns of contiguous rows from `start` on as (b, d, l).
-  Tensor sequences(const Tensor& rows, int64_t start = 0) const {
-    const int64_t k = rows.size(1);
-    return view(rows, {b, d, length}, {length * k, 1, k}, start);
-  }
-  // (b, d, l) whose memory is that of contiguous (b, l, d) as (b l, d).
-  Tensor rows(const Tensor& sequences) const { return view(sequences, {b * length, d}, {d, 1}); }
-  // n columns of x_proj's result as (b, 1, n, l).
-  Tensor selected(const Tensor& x_dbl, int64_t start) const {
-    const int64_t k = x_dbl.size(1);
-    return view(x_dbl, {b, 1, n, length}, {length * k, n, 1, k}, start);
-  }
-  Tensor low_rank(const Tensor& x_dbl) const {
-    return view(x_dbl, {b * length, rank}, {x_dbl.size(1), 1});
-  }
-};
-
 void check_matrix(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t columns,
                   const Tensor& like) {
   (void)tensor_arg(op, name, t, {rows, columns}, like);
-}
-
-// The convolution's weight (channels, 1, width) as (channels, width).
-Tensor taps_of(const char* op, const Tensor& weight) {
-  check_dim(op, "conv_weight", weight, 3, "(channels, 1, width)");
-  STD_TORCH_CHECK(weight.size(1) == 1, op,
-                  ": conv_weight must have shape (channels, 1, width), got ",
-                  shape_text(sizes_of(weight)));
-  return view(weight, {weight.size(0), weight.size(2)}, {weight.stride(0), weight.stride(2)});
 }
 
 // The new memory of conv and scan must have steps as rows; with one channel it has no order.
@@ -109,6 +49,34 @@ Tensor as_rows(const Tensor& sequences) {
   const int64_t b = sequences.size(0), d = sequences.size(1), l = sequences.size(2);
   return view(sequences, {b, d, l}, {d * l, 1, d});
 }
+
+}  // namespace
+
+// The convolution's weight (channels, 1, width) as (channels, width).
+Tensor block_taps(const char* op, const Tensor& weight) {
+  check_dim(op, "conv_weight", weight, 3, "(channels, 1, width)");
+  STD_TORCH_CHECK(weight.size(1) == 1, op,
+                  ": conv_weight must have shape (channels, 1, width), got ",
+                  shape_text(sizes_of(weight)));
+  return view(weight, {weight.size(0), weight.size(2)}, {weight.stride(0), weight.stride(2)});
+}
+
+BlockForward block_forward(const BlockSizes& s, const Tensor& rows, const BlockWeights& w,
+                           int64_t chunk_size) {
+  BlockForward f;
+  f.xz = multiply(rows, transposed(w.in_proj));
+  const Tensor conv = as_rows(block_conv_forward(s.sequences(f.xz), w.taps, w.conv_bias));
+  f.x_dbl = multiply(s.rows(conv), transposed(w.x_proj));
+  const Tensor delta = multiply(s.low_rank(f.x_dbl), transposed(w.dt_proj));
+  std::tie(f.y, f.final_state, f.states) = selective_scan_fwd(
+      conv, s.sequences(delta), w.A, s.selected(f.x_dbl, s.rank), s.selected(f.x_dbl, s.rank + s.n),
+      w.D, s.sequences(f.xz, s.d), w.dt_bias, true, std::nullopt, std::nullopt, s.b, chunk_size);
+  f.y = s.rows(as_rows(f.y));
+  f.out = multiply(f.y, transposed(w.out_proj));
+  return f;
+}
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
            Tensor>
@@ -138,30 +106,23 @@ block_fwd(Tensor hidden, Tensor in_proj, Tensor conv_weight, OptionalTensor conv
   convert.add(A_from, A, true);
   convert.run(stream);
   const Tensor matrix = view(rows, {s.b * s.length, m}, {m, 1});
-  Tensor xz = multiply(matrix, transposed(w_in));
-  const Tensor conv =
-      as_rows(block_conv_forward(s.sequences(xz), taps_of(op, conv_weight), conv_bias));
-  Tensor x_dbl = multiply(s.rows(conv), transposed(w_x));
-  const Tensor delta = multiply(s.low_rank(x_dbl), transposed(w_dt));
-  auto [y, final_state, states] = selective_scan_fwd(
-      conv, s.sequences(delta), A, s.selected(x_dbl, s.rank), s.selected(x_dbl, s.rank + s.n), D,
-      s.sequences(xz, s.d), dt_bias, true, std::nullopt, std::nullopt, s.b, chunk_size);
-  y = s.rows(as_rows(y));
-  const Tensor flat = multiply(y, transposed(w_out));
-  const int64_t e = flat.size(1);
-  Tensor out = view(flat, {s.b, s.length, e}, {s.length * e, e, 1});
+  const BlockForward f = block_forward(
+      s, matrix, {w_in, block_taps(op, conv_weight), w_x, w_dt, A, D, w_out, conv_bias, dt_bias},
+      chunk_size);
+  const int64_t e = f.out.size(1);
+  Tensor out = view(f.out, {s.b, s.length, e}, {s.length * e, e, 1});
   // What is an argument as it came is no result.
   const auto made = [&](const Tensor& t, const Tensor& from) {
-    return t.get() == from.get() || t.data_ptr() == from.data_ptr() ? absent(xz) : t;
+    return t.get() == from.get() || t.data_ptr() == from.data_ptr() ? absent(f.xz) : t;
   };
   return {out,
           made(matrix, hidden),
-          xz,
-          x_dbl,
+          f.xz,
+          f.x_dbl,
           A,
-          y,
-          states,
-          final_state,
+          f.y,
+          f.states,
+          f.final_state,
           made(w_in, in_proj),
           made(w_x, x_proj),
           made(w_dt, dt_proj),
@@ -244,12 +205,14 @@ block_bwd(Tensor d_rows, OptionalTensor y, Tensor out_proj, OptionalTensor rows,
   if (wanted.out) check_matrix(op, "y", y.value(), m, s.d, xz);
   if (wanted.in) check_matrix(op, "rows", rows.value(), m, rows->size(1), xz);
   if (wanted.hidden) check_matrix(op, "in_proj", in_proj.value(), 2 * s.d, in_proj->size(1), xz);
-  const Tensor taps = taps_of(op, conv_weight);
+  const Tensor taps = block_taps(op, conv_weight);
   const torch::stable::accelerator::DeviceGuard guard(xz.get_device_index());
   // Before any product: torch warns where a thread's first work on a GPU is a matrix product.
   Tensor conv = as_rows(block_conv_forward(s.sequences(xz), taps, conv_bias));
   const Tensor d_out = wanted.out ? weight_gradient(d_rows, *y, out_dtype) : absent(xz);
   Tensor dxz = fresh(xz, {m, 2 * s.d});
+  // The scan reads whole pieces of 16 bytes of y's gradient, the last of a row into z's.
+  if (s.d % 8 != 0) torch::stable::zero_(dxz);
   // The gradient of y lies where that of x will: the scan has read it before the convolution
   // writes.
   multiply_into(view(dxz, {m, s.d}, {2 * s.d, 1}), d_rows, out_proj);

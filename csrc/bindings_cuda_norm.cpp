@@ -1,27 +1,35 @@
 // Add and norm on the GPU as torch operators. Schemas live in mamba_ssm/ops/schema.py.
-#include "bindings_cuda.h"
+#include "bindings_cuda_parts.h"
 #include "bindings_norm.h"
 #include "norm/cuda/norm.h"
 
 namespace mamba {
-namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_fwd_op(
-    Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps,
-    bool is_rms_norm, std::optional<ScalarType> residual_dtype) {
-  const char* op = "_add_norm_fwd";
+FourTensors add_norm_forward(const char* op, const Tensor& x, const OptionalTensor& residual,
+                             const Tensor& weight, const OptionalTensor& bias, double eps,
+                             bool is_rms_norm, std::optional<ScalarType> residual_dtype) {
   NormParams p = norm_params(op, x, residual, weight, bias, is_rms_norm);
   p.eps = static_cast<float>(eps);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   NormResults r = allocate_norm_results(op, p, x, residual, residual_dtype);
   check_launch(op, add_norm_fwd_cuda(p, current_stream(x)));
   return {r.y, r.residual_out, r.mean, r.rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_bwd_op(
-    Tensor dy, OptionalTensor dresidual_out, Tensor x, OptionalTensor residual, Tensor weight,
-    OptionalTensor bias, Tensor mean, Tensor rstd, bool is_rms_norm,
-    std::optional<ScalarType> dx_dtype, std::optional<ScalarType> other_dtype) {
+namespace {
+
+FourTensors add_norm_fwd_op(Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias,
+                            double eps, bool is_rms_norm,
+                            std::optional<ScalarType> residual_dtype) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  return add_norm_forward("_add_norm_fwd", x, residual, weight, bias, eps, is_rms_norm,
+                          residual_dtype);
+}
+
+FourTensors add_norm_bwd_op(Tensor dy, OptionalTensor dresidual_out, Tensor x,
+                            OptionalTensor residual, Tensor weight, OptionalTensor bias,
+                            Tensor mean, Tensor rstd, bool is_rms_norm,
+                            std::optional<ScalarType> dx_dtype,
+                            std::optional<ScalarType> other_dtype) {
   const char* op = "_add_norm_bwd";
   NormParams p =
       norm_bwd_params(op, dy, dresidual_out, x, residual, weight, bias, mean, rstd, is_rms_norm);

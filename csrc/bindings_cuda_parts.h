@@ -1,5 +1,5 @@
-// The CUDA operators as the fused block calls them: what they return may be written into memory
-// that the caller brings.
+// The CUDA operators as fused ones call them: what they return may be written into memory that the
+// caller brings.
 #pragma once
 
 #include <tuple>
@@ -38,5 +38,11 @@ FourTensors conv_backward(Tensor dout, OptionalTensor dfinal_states, Tensor x, T
                           OptionalTensor bias, OptionalTensor initial_states,
                           OptionalTensor seq_idx, int64_t num_states, bool silu,
                           OptionalTensor dx_into);
+
+// The sum of x and the residual (rows, channels) and its norm: (y, residual_out, mean, rstd);
+// residual_out is absent where it would be x. On the current device.
+FourTensors add_norm_forward(const char* op, const Tensor& x, const OptionalTensor& residual,
+                             const Tensor& weight, const OptionalTensor& bias, double eps,
+                             bool is_rms_norm, std::optional<ScalarType> residual_dtype);
 
 }  // namespace mamba

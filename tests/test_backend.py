@@ -341,7 +341,9 @@ def test_every_op_has_an_opcheck_test():
 
 # Their arguments are a whole model: test_cpu_decode.py and test_cuda_decode.py have them, and
 # opcheck compares the fakes.
-_ON_MODELS = ("_decode_step", "_decode_and_choose", "_decode_step_weights", "_pack_weight")
+_ON_MODELS = (
+    "_decode_step", "_decode_and_choose", "_decode_step_weights", "_prefill_layers", "_pack_weight",
+)  # fmt: skip
 
 
 def _arguments(name: str, dtype: torch.dtype, full: bool) -> tuple:

@@ -18,8 +18,8 @@ from mamba_ssm.ops import backend
 _OP = "_decode_step_weights"
 
 
-def _layer_weights(block: nn.Module) -> list[Tensor | None]:
-    """In the order of ``ops.decode_weights.LAYER_WEIGHTS``."""
+def layer_weights(block: nn.Module) -> list[Tensor | None]:
+    """A block's tensors in the order of ``ops.decode_weights.LAYER_WEIGHTS``, None if absent."""
     mixer = block.mixer
     return [
         block.norm.weight,
@@ -80,7 +80,7 @@ class CudaDecoder:
         backbone = model.backbone
         self.embedding = backbone.embedding.weight.detach()
         absent = self.embedding.new_empty(0)
-        tensors = [t for block in backbone.layers for t in _layer_weights(block)]
+        tensors = [t for block in backbone.layers for t in layer_weights(block)]
         tensors += [backbone.norm_f.weight, backbone.norm_f.bias, model.lm_head.weight]
         self.weights = [absent if t is None else t.detach() for t in tensors]
         self.n_layer = len(backbone.layers)

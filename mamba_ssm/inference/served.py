@@ -6,6 +6,10 @@ modules.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -84,19 +88,45 @@ def _leaves(
         _check_plain(f"layer {i}", block, Block)
         if block.mlp is not None:
             raise NotServed(f"layer {i} has an MLP")
-        mixer = block.mixer
+        mixer, norm = block.mixer, block.norm
         _check_plain(f"layer {i}'s mixer", mixer, Mamba)
         if mixer.layer_idx != i or mixer.activation not in ("silu", "swish"):
             raise NotServed(f"layer {i}'s mixer was changed")
+        part = mixer._modules  # past Module.__getattr__: the host's time counts
         leaves += [
-            (f"layer {i}'s norm", block.norm, (type(backbone.norm_f),)),
-            (f"layer {i}'s in_proj", mixer.in_proj, linear),
-            (f"layer {i}'s conv1d", mixer.conv1d, (nn.Conv1d,)),
-            (f"layer {i}'s x_proj", mixer.x_proj, linear),
-            (f"layer {i}'s dt_proj", mixer.dt_proj, (nn.Linear, DtProjection)),
-            (f"layer {i}'s out_proj", mixer.out_proj, linear),
+            (f"layer {i}'s norm", norm, (type(backbone.norm_f),)),
+            (f"layer {i}'s in_proj", part["in_proj"], linear),
+            (f"layer {i}'s conv1d", part["conv1d"], (nn.Conv1d,)),
+            (f"layer {i}'s x_proj", part["x_proj"], linear),
+            (f"layer {i}'s dt_proj", part["dt_proj"], (nn.Linear, DtProjection)),
+            (f"layer {i}'s out_proj", part["out_proj"], linear),
         ]
     return leaves
+
+
+class _Seen(threading.local):
+    """The model that `one_look` is about, and what was found of it."""
+
+    model: nn.Module | None = None
+    found: dict[tuple[str, bool], list[Tensor] | NotServed]
+
+
+_seen = _Seen()
+
+
+@contextmanager
+def one_look(model: nn.Module) -> Iterator[None]:
+    """Within it this thread's `check_model` looks at the model once.
+
+    For the start of a generation, which asks several times: in a small model that takes longer
+    than the prompt. Nothing of the caller's may run within it.
+    """
+    before = _seen.model
+    _seen.model, _seen.found = model, {}
+    try:
+        yield
+    finally:
+        _seen.model, _seen.found = before, {}
 
 
 def check_model(model: nn.Module, device_type: str, with_int8: bool) -> list[Tensor]:
@@ -104,6 +134,21 @@ def check_model(model: nn.Module, device_type: str, with_int8: bool) -> list[Ten
 
     ``with_int8``: whether the device's step knows int8 linear layers.
     """
+    if _seen.model is not model:
+        return _check_model(model, device_type, with_int8)
+    key = (device_type, with_int8)
+    if key not in _seen.found:
+        try:
+            _seen.found[key] = _check_model(model, device_type, with_int8)
+        except NotServed as reason:
+            _seen.found[key] = reason
+    found = _seen.found[key]
+    if isinstance(found, NotServed):
+        raise NotServed(str(found))
+    return found
+
+
+def _check_model(model: nn.Module, device_type: str, with_int8: bool) -> list[Tensor]:
     backbone = model.backbone
     for name, module, forward in (
         ("the model", model, "MambaLMHeadModel.forward"),
@@ -125,21 +170,23 @@ def check_model(model: nn.Module, device_type: str, with_int8: bool) -> list[Ten
             floats.append(module.weight)
         else:
             raise NotServed(f"{name} is not plain any more (parametrized, or another tensor type)")
-        if getattr(module, "bias", None) is not None:
-            floats.append(module.bias)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            floats.append(bias)
     if backbone.embedding.max_norm is not None:
         raise NotServed("the embedding renormalises its rows")
     mixers = [block.mixer for block in backbone.layers]
     sizes = {(m.d_inner, m.d_state, m.d_conv, m.dt_rank) for m in mixers}
     if len(sizes) > 1:
         raise NotServed("the layers differ in size")
-    dtype = backbone.embedding.weight.dtype
-    if dtype not in _DTYPES or any(t.dtype != dtype for t in floats):
+    dtype, tensors = backbone.embedding.weight.dtype, floats + others
+    # As sets: of hundreds of tensors, asking each costs the host more than all else here.
+    if dtype not in _DTYPES or {t.dtype for t in floats} != {dtype}:
         raise NotServed("the weights are not all fp32, all bf16 or all fp16")
-    for tensor in floats + others:
-        if tensor.device.type != device_type or tensor.layout != torch.strided:
-            where = {"cpu": "the CPU", "cuda": "one GPU"}[device_type]
-            raise NotServed(f"not all weights are dense and on {where}")
-        if device_type == "cpu" and tensor.is_inference():
-            raise NotServed("weights made in inference mode do not tell when they change")
-    return floats + others
+    device_types = {device.type for device in {t.device for t in tensors}}
+    if device_types != {device_type} or {t.layout for t in tensors} != {torch.strided}:
+        where = {"cpu": "the CPU", "cuda": "one GPU"}[device_type]
+        raise NotServed(f"not all weights are dense and on {where}")
+    if device_type == "cpu" and any(t.is_inference() for t in tensors):
+        raise NotServed("weights made in inference mode do not tell when they change")
+    return tensors

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from mamba_ssm.inference import cpu_decoder, cuda_decoder, is_quantized, quantize_
+from mamba_ssm.inference import is_quantized, quantize_
 from mamba_ssm.models.config_mamba import MambaConfig, check_attn_layer_idx
+from mamba_ssm.models.fused_decoding import FusedDecoding
 from mamba_ssm.models.loss import chunked_cross_entropy, shifted_targets
 from mamba_ssm.models.outputs import CausalLMOutput, CausalLMOutputWithState, MixerModelOutput
 from mamba_ssm.models.recompute import GradientCheckpointing, call_block
@@ -25,7 +26,6 @@ from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.modules.mha import MHA
 from mamba_ssm.modules.mlp import GatedMLP
 from mamba_ssm.modules.sequence_args import resolve_packing
-from mamba_ssm.ops import backend
 from mamba_ssm.ops.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from mamba_ssm.utils.generation import GenerationMixin
 from mamba_ssm.utils.hf import (
@@ -263,7 +263,7 @@ class MixerModel(nn.Module, GradientCheckpointing):
             )
 
 
-class MambaLMHeadModel(nn.Module, GenerationMixin, GradientCheckpointing):
+class MambaLMHeadModel(nn.Module, GenerationMixin, FusedDecoding, GradientCheckpointing):
     """A Mamba language model (arXiv 2312.00752, section 4.2), token ids (b, l) → logits (b, l, V).
 
     Children: ``backbone`` (MixerModel) and ``lm_head``, whose weight is the embedding's when
@@ -324,33 +324,6 @@ class MambaLMHeadModel(nn.Module, GenerationMixin, GradientCheckpointing):
         """Decode caches of zeros, {layer index: cache}."""
         return self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
-    def decode_step(
-        self, batch_size: int = 1
-    ) -> Callable[[torch.Tensor, dict[int, Any]], torch.Tensor] | None:
-        """What `generate` steps with: step(ids (b,), caches) -> logits (b, V), or None; on a CPU
-        ``step.choose`` also takes the next tokens.
-
-        On a GPU the fused step reads the model's weights where they are, for up to 8 rows. On a
-        CPU it reads packed weights, made at the first call and again after the weights changed:
-        until ``release_inference_packs`` or ``train`` they double the weights' memory. None where
-        the modules have to be used; ``why_not`` of ``mamba_ssm.inference.cpu_decoder`` or
-        ``.cuda_decoder`` says why.
-        """
-        if self.backbone.embedding.weight.is_cuda:
-            decoder = cuda_decoder.decoder_for(self, batch_size)
-            return None if decoder is None else decoder.step
-        return cpu_decoder.decoder_for(self)
-
-    def steps_are_plain(self) -> bool:
-        """Whether a decode step on a GPU does only what this class defines: no hooks, adapters or
-        replaced parts that a captured step might leave out. `generate` then captures by itself.
-        """
-        return cuda_decoder.is_served(self)
-
-    def release_inference_packs(self) -> None:
-        """Free the packed copy of the weights that decoding on a CPU has made, if any."""
-        cpu_decoder.release(self)
-
     def quantize_(self, scheme: str = "int8", group_size: int | None = None) -> MambaLMHeadModel:
         """Replace the large linear layers by int8 ones (weights only), in place; returns self.
 
@@ -366,10 +339,6 @@ class MambaLMHeadModel(nn.Module, GenerationMixin, GradientCheckpointing):
         if mode:
             self.release_inference_packs()
         return super().train(mode)
-
-    def _graph_key(self, batch_size: int) -> tuple[str | None, ...]:
-        """What else a captured decode step depends on: where its kernels come from."""
-        return (backend.current(), cuda_decoder.why_not(self, batch_size))
 
     def forward(
         self,

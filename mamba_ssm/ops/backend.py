@@ -51,6 +51,7 @@ SHIPPED_KERNELS = {
             "_state_update",
             "_mixer_step",
             "_decode_step_weights",
+            "_prefill_layers",
             "_cross_entropy",
             "_mamba_block_fwd",
             "_mamba_block_bwd",

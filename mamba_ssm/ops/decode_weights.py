@@ -1,8 +1,9 @@
-"""The order in which the fused decode step on a GPU takes a model's weights.
+"""The order in which the fused steps on a GPU take a model's weights.
 
 ``_decode_step_weights`` gets one flat list: each layer's tensors in the order of ``LAYER_WEIGHTS``,
-then those of ``TAIL_WEIGHTS``. What a model does not have stands there as an empty tensor.
-``csrc/bindings_cuda_decode.cpp`` reads the same list.
+then those of ``TAIL_WEIGHTS``; ``_prefill_layers`` gets all of it but lm_head. What a model does
+not have stands there as an empty tensor. ``csrc/bindings_cuda_decode.cpp`` and
+``csrc/bindings_cuda_prefill.cpp`` read the same list.
 """
 
 from __future__ import annotations

@@ -356,6 +356,17 @@ OPS: tuple[Op, ...] = (
         _decode_step_weights_fake,
     ),
     Op(
+        "_prefill_layers",
+        "(Tensor hidden, Tensor[] weights, float eps, bool is_rms_norm, ScalarType residual_dtype, "
+        "Tensor(a!)[] conv_states, Tensor(b!)[] ssm_states) -> Tensor",
+        "all layers and the last norm of a language model from zero states: the last step (b,m) "
+        "of hidden (b,l,m), l >= the convolution's width; weights as ops/decode_weights.py lists "
+        "them, but for lm_head, in_proj and out_proj without biases; each layer's states (b,d,w) "
+        "and (b,d,n) are written",
+        _ref_decode.prefill_layers,
+        lambda hidden, *others: hidden.new_empty((hidden.shape[0], hidden.shape[2])),
+    ),
+    Op(
         "_mamba_block_fwd",
         "(Tensor hidden, Tensor in_proj, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj, "
         "Tensor dt_proj, Tensor? dt_bias, Tensor A_log, Tensor D, Tensor out_proj, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,9 +68,6 @@ class DecodeRequest:
         self._check_prompt()
         self._check_mask()
         self._check_others()
-        if self.cg is None:
-            plain = getattr(self.model, "steps_are_plain", None)
-            self.cg = self.input_ids.is_cuda and plain is not None and plain()
         eos = self.eos_token_id
         if isinstance(eos, Tensor):
             eos = eos.flatten().tolist()
@@ -183,8 +181,10 @@ class DecodeLoop:
         try:
             if r.streamer is not None:
                 r.streamer.put(r.input_ids.cpu())
-            self._prepare_caches()
-            logits = self._prefill()
+            with getattr(r.model, "one_look", nullcontext)():
+                self._prepare_caches()
+                whole = self._whole_prefill()
+            logits = self._prefill(whole)
             steps = self._prepare_chooser(logits.shape[-1])
             self._append(logits)
             if steps is not None:
@@ -245,7 +245,7 @@ class DecodeLoop:
         offset = 0 if r.state is None else r.state.seqlen_offset
         max_seqlen = offset + self.ids.shape[1] + self.limit
         self.graph = None
-        if r.cg and self.device.type == "cuda":
+        if self._uses_graphs():
             self.graph = update_graph_cache(
                 r.model,
                 getattr(r.model, "_decoding_cache", None),
@@ -262,6 +262,25 @@ class DecodeLoop:
             r.state.to(self.device).copy_into(self.params.key_value_memory_dict)
             self.params.seqlen_offset = offset
 
+    def _uses_graphs(self) -> bool:
+        if self.device.type != "cuda" or self.r.cg is not None:
+            return self.device.type == "cuda" and bool(self.r.cg)
+        plain = getattr(self.r.model, "steps_are_plain", None)
+        return plain is not None and plain()
+
+    def _whole_prefill(self) -> Any:
+        """The model's own way to consume the prompt at once, or None where it has to be called."""
+        make = getattr(self.r.model, "whole_prefill", None)
+        size = self.r.prefill_chunk_size or self.ids.shape[1]
+        if make is None or self.mask is not None or self.params.seqlen_offset > 0:
+            return None
+        if size < self.ids.shape[1]:
+            return None
+        whole = make()
+        return (
+            whole if whole and whole.serves(self.ids, self.params.key_value_memory_dict) else None
+        )
+
     def _forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Consume ids (b, s); the last position's logits (b, vocab)."""
         start, length = self.params.seqlen_offset, ids.shape[1]
@@ -276,7 +295,10 @@ class DecodeLoop:
         self.params.seqlen_offset += length
         return logits[:, -1]
 
-    def _prefill(self) -> Tensor:
+    def _prefill(self, whole: Any) -> Tensor:
+        if whole is not None:
+            self.params.seqlen_offset += self.ids.shape[1]
+            return whole.prefill(self.ids, self.params.key_value_memory_dict)
         size = self.r.prefill_chunk_size or self.ids.shape[1]
         for start in range(0, self.ids.shape[1], size):
             part = slice(start, start + size)

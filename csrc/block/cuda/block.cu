@@ -64,6 +64,23 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__global__ void __launch_bounds__(kThreads)
+    block_states_kernel(const __grid_constant__ BlockStates s) {
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  const int64_t begin = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  // Neighbours read neighbouring channels.
+  for (int64_t i = begin; i < s.batch * s.width * s.channels; i += step) {
+    const int64_t channel = i % s.channels, line = i / s.channels;
+    const int64_t tap = line % s.width, row = line / s.width;
+    const int64_t from = (row * s.length + s.length - s.width + tap) * s.pitch + channel;
+    const int64_t to = (row * s.channels + channel) * s.width + tap;
+    store_float(s.conv, s.conv_dtype, to, load_float(s.rows, s.dtype, from));
+  }
+  for (int64_t i = begin; i < s.states; i += step) {
+    store_float(s.ssm, s.ssm_dtype, i, s.final_states[i]);
+  }
+}
+
 const char* launched() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -86,6 +103,16 @@ const char* block_columns_cuda(const BlockColumns& c, void* stream) {
   if (blocks == 0) return nullptr;
   block_columns_kernel<<<static_cast<unsigned>(blocks), kThreads, 0,
                          static_cast<cudaStream_t>(stream)>>>(c);
+  return launched();
+}
+
+const char* block_states_cuda(const BlockStates& s, void* stream) {
+  const int64_t inputs = s.batch * s.width * s.channels;
+  const int64_t most = inputs > s.states ? inputs : s.states;
+  if (most == 0) return nullptr;
+  const int64_t blocks = (most + kThreads - 1) / kThreads;
+  block_states_kernel<<<static_cast<unsigned>(blocks < 2048 ? blocks : 2048), kThreads, 0,
+                        static_cast<cudaStream_t>(stream)>>>(s);
   return launched();
 }
 

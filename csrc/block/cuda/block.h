@@ -8,5 +8,6 @@ namespace mamba {
 
 const char* convert_cuda(const Conversions& c, void* stream);
 const char* block_columns_cuda(const BlockColumns& c, void* stream);
+const char* block_states_cuda(const BlockStates& s, void* stream);
 
 }  // namespace mamba

@@ -111,6 +111,22 @@ def _layer_step(parts: Any, sizes: Sizes, x: Tensor, conv: Tensor, ssm: Tensor) 
     return parts("out_proj")(y * F.silu(z))
 
 
+def _layers_step(
+    parts: dict[tuple[int | None, str], Any],
+    sizes: Sizes,
+    residual: Tensor,
+    states: Sequence[tuple[Tensor, Tensor]],
+) -> Tensor:
+    """All layers and the last norm, from one position's embedding (b, m) in fp32."""
+    hidden = None
+    for i, (conv, ssm) in enumerate(states):
+        total = residual if hidden is None else residual + hidden
+        x = parts[i, "norm"](total)
+        residual = total.to(sizes.residual_dtype).float()
+        hidden = _layer_step(lambda name, i=i: parts[i, name], sizes, x, conv, ssm)
+    return parts[None, "norm_f"](residual + hidden)
+
+
 def _model_step(
     parts: dict[tuple[int | None, str], Any],
     sizes: Sizes,
@@ -118,13 +134,7 @@ def _model_step(
     embedding: Tensor,
     states: Sequence[tuple[Tensor, Tensor]],
 ) -> Tensor:
-    residual, hidden = embedding[ids].float(), None
-    for i, (conv, ssm) in enumerate(states):
-        total = residual if hidden is None else residual + hidden
-        x = parts[i, "norm"](total)
-        residual = total.to(sizes.residual_dtype).float()
-        hidden = _layer_step(lambda name, i=i: parts[i, name], sizes, x, conv, ssm)
-    x = parts[None, "norm_f"](residual + hidden)
+    x = _layers_step(parts, sizes, embedding[ids].float(), states)
     return parts[None, "lm_head"](x).to(embedding.dtype)
 
 
@@ -228,28 +238,60 @@ def decode_step_weights(
     ssm_states: Sequence[Tensor],
 ) -> Tensor:
     """Internal op ``_decode_step_weights``: see ``ops/schema.py`` for shapes."""
+    *layers, lm_head = weights
+    states = list(zip(conv_states, ssm_states, strict=True))
+    parts, sizes = _parts_of_weights(layers, eps, is_rms_norm, residual_dtype, states)
+    parts[None, "lm_head"] = _Linear(lm_head.float(), None)
+    return _model_step(parts, sizes, ids, embedding, states)
+
+
+def _parts_of_weights(
+    weights: Sequence[Tensor],
+    eps: float,
+    is_rms_norm: bool,
+    residual_dtype: torch.dtype,
+    states: Sequence[tuple[Tensor, Tensor]],
+) -> tuple[dict[tuple[int | None, str], Any], Sizes]:
+    """Of the layers and the last norm."""
     count = len(LAYER_WEIGHTS)
     parts: dict[tuple[int | None, str], Any] = {}
-    for i in range(len(conv_states)):
+    for i in range(len(states)):
         layer = _layer_parts(weights[i * count : (i + 1) * count], eps, is_rms_norm)
         parts |= {(i, name): part for name, part in layer.items()}
-    norm_weight, norm_bias, lm_head = (_given(t) for t in weights[len(conv_states) * count :])
+    norm_weight, norm_bias = (_given(t) for t in weights[len(states) * count :])
     parts[None, "norm_f"] = _Norm(norm_weight, norm_bias, eps, is_rms_norm)
-    parts[None, "lm_head"] = _Linear(lm_head, None)
-    d_conv, d_state = conv_states[0].shape[-1], ssm_states[0].shape[-1]
+    conv, ssm = states[0]
     sizes = Sizes(
-        layers=len(conv_states),
-        d_model=embedding.shape[1],
-        d_inner=conv_states[0].shape[1],
-        d_state=d_state,
-        d_conv=d_conv,
+        layers=len(states),
+        d_model=norm_weight.shape[0],
+        d_inner=conv.shape[1],
+        d_state=ssm.shape[-1],
+        d_conv=conv.shape[-1],
         dt_rank=weights[LAYER_WEIGHTS.index("dt_proj")].shape[1],
-        vocab=lm_head.shape[0],
+        vocab=0,
         is_rms_norm=is_rms_norm,
         residual_dtype=residual_dtype,
     )
+    return parts, sizes
+
+
+def prefill_layers(
+    hidden: Tensor,
+    weights: Sequence[Tensor],
+    eps: float,
+    is_rms_norm: bool,
+    residual_dtype: torch.dtype,
+    conv_states: Sequence[Tensor],
+    ssm_states: Sequence[Tensor],
+) -> Tensor:
+    """Internal op ``_prefill_layers``: see ``ops/schema.py`` for shapes."""
     states = list(zip(conv_states, ssm_states, strict=True))
-    return _model_step(parts, sizes, ids, embedding, states)
+    parts, sizes = _parts_of_weights(weights, eps, is_rms_norm, residual_dtype, states)
+    for state in (*conv_states, *ssm_states):
+        state.zero_()
+    for t in range(hidden.shape[1]):
+        x = _layers_step(parts, sizes, hidden[:, t].float(), states)
+    return x.to(hidden.dtype)
 
 
 def pack_weight(weight: Tensor, into: Tensor) -> None:

@@ -1,0 +1,157 @@
+// The layers of a model that consumes a prompt, as one torch operator: for a short prompt the
+// host's time for each layer is the cost. What each layer computes is that of _add_norm_fwd and
+// _mamba_block_fwd. Schemas live in mamba_ssm/ops/schema.py.
+#include <algorithm>
+
+#include "bindings_cuda_block.h"
+
+namespace mamba {
+namespace {
+
+constexpr const char* kOp = "_prefill_layers";
+// The order of mamba_ssm/ops/decode_weights.py.
+enum Weight : int64_t {
+  kNormWeight,
+  kNormBias,
+  kInProj,
+  kInBias,
+  kConvWeight,
+  kConvBias,
+  kXProj,
+  kDtProj,
+  kDtBias,
+  kALog,
+  kD,
+  kOutProj,
+  kOutBias,
+  kLayerWeights
+};
+constexpr int64_t kTailWeights = 2;
+
+OptionalTensor given(const Tensor& t) { return t.numel() ? OptionalTensor(t) : std::nullopt; }
+
+// One layer's tensors, by Weight.
+class Layer {
+ public:
+  Layer(const std::vector<Tensor>& weights, size_t layer)
+      : first_(weights.data() + layer * kLayerWeights) {}
+
+  const Tensor& operator[](Weight w) const { return first_[w]; }
+
+  void check(const BlockSizes& s, const Tensor& hidden, const Tensor& conv,
+             const Tensor& ssm) const {
+    const int64_t m = hidden.size(2);
+    const auto is = [&](const char* name, const Tensor& t, const std::vector<int64_t>& shape,
+                        std::optional<ScalarType> dtype) {
+      (void)tensor_arg(kOp, name, t, shape, hidden);
+      STD_TORCH_CHECK(!dtype.has_value() || t.scalar_type() == *dtype, kOp, ": ", name, " must be ",
+                      torch::headeronly::toString(*dtype), ", got ",
+                      torch::headeronly::toString(t.scalar_type()));
+      STD_TORCH_CHECK(t.is_contiguous(), kOp, ": ", name, " must be contiguous");
+    };
+    const ScalarType dtype = hidden.scalar_type();
+    is("in_proj", first_[kInProj], {2 * s.d, m}, dtype);
+    is("x_proj", first_[kXProj], {s.rank + 2 * s.n, s.d}, dtype);
+    is("dt_proj", first_[kDtProj], {s.d, s.rank}, dtype);
+    is("out_proj", first_[kOutProj], {m, s.d}, dtype);
+    is("A_log", first_[kALog], {s.d, s.n}, std::nullopt);
+    is("conv_states", conv, {s.b, s.d, first_[kConvWeight].size(2)}, std::nullopt);
+    is("ssm_states", ssm, {s.b, s.d, s.n}, std::nullopt);
+    STD_TORCH_CHECK(first_[kConvWeight].size(2) <= s.length, kOp, ": the prompt has ", s.length,
+                    " steps, which do not fill a convolution of width ",
+                    first_[kConvWeight].size(2));
+    for (const Weight w : {kInBias, kOutBias}) {
+      STD_TORCH_CHECK(first_[w].numel() == 0, kOp, ": in_proj and out_proj must have no bias");
+    }
+  }
+
+ private:
+  const Tensor* first_;
+};
+
+void keep_states(const BlockSizes& s, const BlockForward& f, const Tensor& conv,
+                 const Tensor& ssm) {
+  BlockStates to;
+  to.batch = s.b, to.length = s.length, to.channels = s.d;
+  to.pitch = f.xz.size(1), to.width = conv.size(2), to.states = ssm.numel();
+  to.dtype = dtype_of(kOp, "hidden", f.xz);
+  to.conv_dtype = dtype_of(kOp, "conv_states", conv);
+  to.ssm_dtype = dtype_of(kOp, "ssm_states", ssm);
+  to.rows = f.xz.data_ptr(), to.final_states = floats_of(f.final_state);
+  to.conv = conv.data_ptr(), to.ssm = ssm.data_ptr();
+  check_launch(kOp, block_states_cuda(to, current_stream(f.xz)));
+}
+
+// A of some layers from `layer` on.
+std::vector<Tensor> next_decays(const std::vector<Tensor>& weights, size_t layer, size_t layers) {
+  Converter convert{kOp, {}, {}};
+  std::vector<Tensor> all;
+  for (size_t i = layer; i < std::min<size_t>(layer + kMostConversions, layers); ++i) {
+    const Tensor& A_log = Layer(weights, i)[kALog];
+    all.push_back(new_floats(A_log, sizes_of(A_log)));
+    convert.add(A_log, all.back(), true);
+  }
+  convert.run(current_stream(weights[0]));
+  return all;
+}
+
+Tensor prefill_layers(Tensor hidden, std::vector<Tensor> weights, double eps, bool is_rms_norm,
+                      ScalarType residual_dtype, std::vector<Tensor> conv_states,
+                      std::vector<Tensor> ssm_states) {
+  check_dim(kOp, "hidden", hidden, 3, "(batch, length, model)");
+  const size_t layers = conv_states.size();
+  STD_TORCH_CHECK(layers > 0 && ssm_states.size() == layers &&
+                      weights.size() == layers * kLayerWeights + kTailWeights,
+                  kOp, ": ", layers, " conv_states need as many ssm_states and ",
+                  layers * kLayerWeights + kTailWeights, " weights, got ", ssm_states.size(),
+                  " and ", weights.size());
+  const Layer like(weights, 0);
+  check_dim(kOp, "A_log", like[kALog], 2, "(channels, state_dim)");
+  check_dim(kOp, "dt_proj", like[kDtProj], 2, "(channels, rank)");
+  const int64_t b = hidden.size(0), length = hidden.size(1), m = hidden.size(2);
+  const BlockSizes s{b, length, like[kALog].size(0), like[kALog].size(1), like[kDtProj].size(1)};
+  std::vector<Tensor> taps;
+  for (size_t i = 0; i < layers; ++i) {
+    const Layer w(weights, i);
+    taps.push_back(block_taps(kOp, w[kConvWeight]));
+    w.check(s, hidden, conv_states[i], ssm_states[i]);
+  }
+  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
+  Tensor x = view(contiguous_of(hidden), {b * length, m}, {m, 1});
+  const auto norm = [&](const Tensor& rows, OptionalTensor& residual, const Tensor& weight,
+                        const Tensor& bias) {
+    // The first sum is the embedding itself, in residual_dtype.
+    const auto dtype = residual.has_value() ? residual->scalar_type() : residual_dtype;
+    const FourTensors all =
+        add_norm_forward(kOp, rows, residual, weight, given(bias), eps, is_rms_norm, dtype);
+    residual = std::get<1>(all).numel() ? std::get<1>(all) : rows;
+    return std::get<0>(all);
+  };
+  OptionalTensor residual;
+  std::vector<Tensor> decays;
+  for (size_t i = 0; i < layers; ++i) {
+    const Layer w(weights, i);
+    if (i % kMostConversions == 0) decays = next_decays(weights, i, layers);
+    const Tensor rows = norm(x, residual, w[kNormWeight], w[kNormBias]);
+    const BlockForward f =
+        block_forward(s, rows,
+                      {w[kInProj], taps[i], w[kXProj], w[kDtProj], decays[i % kMostConversions],
+                       w[kD], w[kOutProj], given(w[kConvBias]), given(w[kDtBias])},
+                      length);
+    keep_states(s, f, conv_states[i], ssm_states[i]);
+    x = f.out;
+  }
+  // The last step of each row is all that is read.
+  const auto last = [&](const Tensor& rows) {
+    return view(rows, {b, m}, {length * m, 1}, (length - 1) * m);
+  };
+  OptionalTensor rest = last(*residual);
+  return norm(last(x), rest, weights[layers * kLayerWeights], weights[layers * kLayerWeights + 1]);
+}
+
+}  // namespace
+}  // namespace mamba
+
+STABLE_TORCH_LIBRARY_IMPL(mamba_ssm, CUDA, m) {
+  m.impl("_prefill_layers", TORCH_BOX(&mamba::prefill_layers));
+}
