@@ -26,6 +26,7 @@ OPTIONS = [
     {"ssm_cfg": {"d_state": 33, "d_conv": 1, "expand": 1}},
     {"d_model": 64, "ssm_cfg": {"d_state": 16, "d_conv": 2}},
     {"d_model": 8, "n_layer": 1, "vocab_size": 3, "ssm_cfg": {"d_state": 1, "dt_rank": 1}},
+    {"d_model": 768, "n_layer": 5, "vocab_size": 2003},
     {"d_model": 776, "n_layer": 2, "vocab_size": 5003},
     {"d_model": 2560, "n_layer": 1, "vocab_size": 301},
 ]

@@ -22,10 +22,9 @@ __device__ __forceinline__ void start_next() {
 #endif
 }
 
-// Whether the current device runs this library's code for compute capability 9.0 or later.
-inline bool chains_work() {
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
+// Whether a device runs this library's code for compute capability 9.0 or later.
+inline bool runs_code_for_90(int device) {
+  int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   constexpr int kCompiled[] = {__CUDA_ARCH_LIST__};
@@ -33,6 +32,12 @@ inline bool chains_work() {
     if (compiled >= 900 && compiled <= major * 100 + minor * 10) return true;
   }
   return false;
+}
+
+inline bool chains_work() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return runs_code_for_90(device);
 }
 
 struct Link {

@@ -40,9 +40,7 @@ struct DecodePlan {
   // A single row has a kernel of its own, unless its shared memory is too small. Of the fields
   // above it takes the blocks.
   bool one_row = false;
-  int vectors = 0;  // 16-byte pieces of a weight that a lane multiplies at once
-  int model_pieces = 0, inner_pieces = 0;  // of a row of weights, for as many warps
-  int64_t words = 0;                       // that the blocks exchange results through
+  int64_t words = 0;  // that the blocks exchange results through
 };
 
 struct DecodeCudaParams {

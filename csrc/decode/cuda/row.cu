@@ -1,60 +1,102 @@
 // A single row's step: when it is used, its shared memory, its launch.
 #include <algorithm>
 
+#include "../../common/cuda_chain.cuh"
+#include "../../common/cuda_convert.cuh"
 #include "decode.h"
+#include "row.h"
+#include "row_layout.h"
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #include "row_step.cuh"
+#endif
 
 namespace mamba {
 namespace {
 
 using decode::kChannelGroup;
+using decode::kMaxSlots;
+using decode::kMaxVectors;
+using decode::kRowBlock;
 using decode::kRowThreads;
 using decode::kRowWarps;
 using decode::kSmalls;
 using decode::largest_share;
+using decode::Product;
 using decode::RowLayout;
+using decode::RowWords;
 using decode::SmallLayout;
 
-template <typename T, int kVectors>
-__global__ void __launch_bounds__(kRowThreads, 1)
+template <typename T, bool kUsual>
+__global__ void __launch_bounds__(kRowBlock, 1)
     decode_row_kernel(const __grid_constant__ DecodeCudaParams p,
                       const __grid_constant__ RowLayout r) {
-  extern __shared__ uint4 shared[];
-  decode::RowStep<T, kVectors>(p, r, reinterpret_cast<char*>(shared)).run();
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  extern __shared__ uint4 shared_memory[];
+  char* shared = reinterpret_cast<char*>(shared_memory);
+  const decode::Shares shares(p.size);
+  const decode::RowBarriers barriers(shared, r);
+  barriers.init();
+  publish_barriers();
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  __syncthreads();
+  if (warp == kRowWarps) {
+    if (threadIdx.x % 32 == 0) decode::fetch_weights(p, r, shared, shares, barriers);
+  } else if (warp > kRowWarps) {
+    decode::SmallFetcher(p, r, shared, shares.channels, barriers).run();
+  } else {
+    decode::RowStep<T, kUsual>(p, r, shared, shares, barriers).run();
+  }
+#endif
 }
 
 int size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// Pieces of a row of weights, a power of two, with `vectors` times 16 bytes for each lane; 0 if
-// there are more than warps.
-int pieces_of(int64_t row_bytes, int vectors) {
-  int pieces = 1;
-  while (int64_t{pieces} * vectors * 512 < row_bytes) pieces *= 2;
-  return pieces <= kRowWarps ? pieces : 0;
-}
+constexpr int kSlotBytes = 20480;  // a row at least
 
-// Chooses the vectors for which the least of what lanes hold is empty.
-bool cut_rows(const DecodeCudaSizes& s, DecodePlan& plan) {
-  const int64_t model = int64_t{size_of(s.dtype)} * s.d_model;
-  const int64_t inner = int64_t{size_of(s.dtype)} * s.d_inner;
+// Chooses the cut of a weight of `rows` rows of a block for which warps take the fewest turns;
+// false if there is none.
+bool cut(int64_t row_bytes, int rows, int slot_bytes, Product& product) {
+  const int row_vectors = static_cast<int>(row_bytes / 16);
   int64_t least = -1;
-  for (int vectors : {5, 4, 3}) {
-    const int model_pieces = pieces_of(model, vectors), inner_pieces = pieces_of(inner, vectors);
-    if (model_pieces == 0 || inner_pieces == 0) continue;
-    const int64_t held = int64_t{vectors} * (2 * model_pieces + inner_pieces);
-    if (least >= 0 && held > least) continue;
-    least = held;
-    plan.vectors = vectors;
-    plan.model_pieces = model_pieces;
-    plan.inner_pieces = inner_pieces;
+  for (int lanes_log2 : {3, 4, 5}) {
+    const int lanes = 1 << lanes_log2, height = 32 / lanes;
+    if (row_bytes * height > slot_bytes) continue;
+    for (int vectors = 1; vectors <= kMaxVectors; ++vectors) {
+      const int pieces = (row_vectors + lanes * vectors - 1) / (lanes * vectors);
+      if (pieces > kRowWarps) continue;
+      const int teams = kRowWarps / pieces, tuples = (rows + height - 1) / height;
+      // Instructions for 16 bytes, for the rest of a turn, for the inputs.
+      const int64_t cost =
+          int64_t{(tuples + teams - 1) / teams} * (20 * vectors + 16) + 8 * vectors;
+      if (least >= 0 && cost >= least) continue;
+      least = cost;
+      const int fit = slot_bytes / static_cast<int>(row_bytes * height);
+      product = {row_vectors, lanes_log2, vectors, pieces, teams, fit * height, 0};
+    }
+  }
+  for (int warp = 0; least >= 0 && warp < kRowWarps; ++warp) {
+    product.team_of_warps |= uint64_t{static_cast<unsigned>(warp / product.pieces)} << 4 * warp;
   }
   return least >= 0;
 }
 
 int64_t aligned16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// Fills in the buffers for a layer's small arrays; returns the number of 16-byte copies at most.
-int64_t lay_out_smalls(const DecodeCudaParams& p, int channels, int rows, RowLayout& r) {
+// Gives a block's shared memory away, piece after piece.
+class Places {
+ public:
+  int take(int64_t bytes) {
+    const int64_t at = used_;
+    used_ += aligned16(bytes);
+    return static_cast<int>(at);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  int64_t used_ = 0;
+};
+
+void lay_out_smalls(const DecodeCudaParams& p, int channels, RowLayout& r, Places& places) {
   const DecodeCudaSizes& s = p.size;
   const int e = size_of(s.dtype);
   const auto all = SmallLayout::kAll, of_channels = SmallLayout::kChannels;
@@ -65,76 +107,105 @@ int64_t lay_out_smalls(const DecodeCudaParams& p, int channels, int rows, RowLay
       {3, of_channels, e, 0, int64_t{e} * s.d_inner},
       {4, of_channels, e * s.d_conv, 0, 0},
       {5, of_channels, e, 0, 0},
+      {13, of_channels, size_of(p.conv_dtype) * s.d_conv, 0, 0},
       {7, of_channels, e * s.dt_rank, 0, 0},
       {8, of_channels, e, 0, 0},
       {9, of_channels, size_of(p.A_dtype) * s.d_state, 0, 0},
       {10, of_channels, size_of(p.D_dtype), 0, 0},
-      {12, SmallLayout::kRows, e, 0, 0},
-      {13, of_channels, size_of(p.conv_dtype) * s.d_conv, 0, 0},
       {14, of_channels, size_of(p.ssm_dtype) * s.d_state, 0, 0},
   };
-  int64_t used = 0, copies = 0;
   for (int i = 0; i < kSmalls; ++i) {
     r.small[i] = smalls[i];
-    r.small[i].place = static_cast<int>(used);
-    const int count = smalls[i].scope == all ? 1 : smalls[i].scope == of_channels ? channels : rows;
+    const int64_t count = smalls[i].scope == all ? 1 : channels;
     // A part may begin anywhere in its first 16 bytes.
-    const int64_t bytes = aligned16(int64_t{count} * smalls[i].unit + 15);
-    used += bytes, copies += bytes / 16;
+    r.small[i].place = places.take(count * smalls[i].unit + 15);
   }
-  r.columns = static_cast<int>(used);
-  used += aligned16(int64_t{channels} * s.projected * e);
-  r.buffer_bytes = static_cast<int>(used);
-  return copies;
 }
 
-// Returns the bytes of shared memory.
-int64_t lay_out(const DecodeCudaParams& p, RowLayout& r) {
+// All arrays begin at 16 bytes.
+RowWords words_of(const DecodeCudaSizes& s, int blocks) {
+  const auto even = [](int words) { return static_cast<unsigned>(words + 1) / 2 * 2; };
+  RowWords w;
+  w.inner = even(s.d_model);
+  w.projected = w.inner + even(s.d_inner * size_of(s.dtype) / 4);
+  w.replica = w.projected + even(s.projected);
+  w.partial = decode::kReplicas * w.replica;
+  w.partial_stride = even(blocks);
+  return w;
+}
+
+// False if `shared` bytes are too few, or rows too long.
+bool lay_out(const DecodeCudaParams& p, int shared, RowLayout& r) {
   const DecodeCudaSizes& s = p.size;
-  const int blocks = p.plan.blocks;
+  const int blocks = p.plan.blocks, e = size_of(s.dtype);
   const int channels = largest_share(s.d_inner, kChannelGroup, blocks);
   const int rows = largest_share(s.d_model, 1, blocks);
-  const int tokens = largest_share(s.vocab, 1, blocks);
-  const int64_t copies = lay_out_smalls(p, channels, rows, r);
-  r.column_lanes = 1;
-  while (r.column_lanes < 8 && 2 * r.column_lanes * s.projected <= kRowThreads) r.column_lanes *= 2;
-  int64_t used = 0;
-  const auto place = [&](int64_t bytes) {
-    const int64_t at = used;
-    used += aligned16(bytes);
-    return static_cast<int>(at);
-  };
-  const int64_t sums = std::max({2 * channels * p.plan.model_pieces, rows * p.plan.inner_pieces,
-                                 tokens * p.plan.model_pieces});
-  r.buffers = place(2 * r.buffer_bytes);
-  r.places = place(4 * kSmalls);
-  r.units = place(decode::kUnitTableBytes);
-  r.copies = place(8 * copies);
-  r.column_copies = place(int64_t{8} * (channels / kChannelGroup) * s.projected);
-  r.x = place(int64_t{4} * s.d_model);
-  r.y = place(int64_t{4} * s.d_inner);
-  r.sums = place(4 * (sums + kRowWarps));
-  r.u = place(int64_t{4} * channels);
-  r.gate = place(int64_t{4} * channels);
-  r.projected = place(int64_t{4} * s.projected);
-  r.residual = place(int64_t{8} * rows);
-  r.norm = place(2 * kRowWarps * 4);
-  r.bytes = static_cast<int>(used);
-  return used;
+  const int64_t tokens = largest_share(s.vocab, 1, blocks);
+  r.slot_bytes = std::max(kSlotBytes, e * std::max(s.d_model, s.d_inner));
+  Product &model = r.product[decode::kOfModel], &inner = r.product[decode::kOfInner];
+  if (!cut(int64_t{e} * s.d_model, 2 * channels, r.slot_bytes, model) ||
+      !cut(int64_t{e} * s.d_inner, rows, r.slot_bytes, inner)) {
+    return false;
+  }
+  r.one_of_model = 1.0f / static_cast<float>(s.d_model);
+  r.words = words_of(s, blocks);
+  r.column_lanes_log2 = 0;
+  while (r.column_lanes_log2 < 3 && (2 << r.column_lanes_log2) * s.projected <= kRowThreads) {
+    ++r.column_lanes_log2;
+  }
+  Places places;
+  r.barriers = places.take(decode::kBarrierBytes);
+  r.inputs = places.take(int64_t{4} * std::max(s.d_model, s.d_inner));
+  r.sums = places.take(4 * std::max(2 * channels * model.pieces, rows * inner.pieces));
+  r.u = places.take(int64_t{4} * channels);
+  r.gate = places.take(int64_t{4} * channels);
+  r.projected = places.take(int64_t{4} * s.projected);
+  r.residual = places.take(int64_t{8} * rows);
+  r.norm = places.take(2 * kRowWarps * 4);
+  lay_out_smalls(p, channels, r, places);
+  r.columns = places.take(int64_t{channels} * s.projected * e);
+  // lm_head's sums lie where the layers' small arrays were, if they fit.
+  const int64_t head_bytes = 4 * tokens * model.pieces;
+  r.head_sums = r.small[decode::kInBias].place;
+  if (places.used() - r.head_sums < head_bytes) r.head_sums = places.take(head_bytes);
+  r.ring = static_cast<int>((places.used() + 127) / 128 * 128);
+  r.slots = std::min<int64_t>(kMaxSlots, (shared - r.ring) / r.slot_bytes);
+  // Measured on an H100: two slots on their way keep its memory busy, one does where the ring holds
+  // a whole layer, and with more exchanges take longer.
+  const int64_t layer_bytes = int64_t{e} * (2 * channels * s.d_model + rows * s.d_inner);
+  r.in_flight = layer_bytes < int64_t{r.slots} * r.slot_bytes ? 1 : 2;
+  r.bytes = r.ring + r.slots * r.slot_bytes;
+  return shared >= r.ring && r.slots >= 2;
 }
 
-// Offsets in a list of copies have 32 bits.
+// Offsets in the small arrays have 32 bits.
 bool small_enough(const DecodeCudaSizes& s) {
-  const int64_t limit = int64_t{1} << 31;
-  return int64_t{4} * s.d_inner * std::max({s.d_state, s.dt_rank, s.projected, s.d_conv}) < limit &&
-         int64_t{4} * std::max(s.d_inner, s.d_model) * std::max(s.d_inner, s.d_model) < limit;
+  return int64_t{4} * s.d_inner * std::max({s.d_state, s.dt_rank, s.projected, s.d_conv}) <
+         int64_t{1} << 31;
 }
 
-template <typename T, int kVectors>
+int shared_limit() {
+  int device = 0, shared = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return shared;
+}
+
+// What nearly all models are has a kernel of fewer instructions.
+bool usual(const DecodeCudaParams& p) {
+  const DecodeCudaSizes& s = p.size;
+  const DecodeLayerArgs& a = p.layer[0];
+  return s.d_conv == 4 && s.d_state == 16 && s.dt_rank % 4 == 0 && p.is_rms_norm &&
+         p.norm_bias == nullptr && a.in_bias == nullptr && a.conv_bias != nullptr &&
+         a.dt_bias != nullptr && p.conv_dtype == s.dtype && p.ssm_dtype == s.dtype &&
+         p.A_dtype == DType::kFloat32 && p.D_dtype == DType::kFloat32;
+}
+
+template <typename T>
 cudaError_t launch(const DecodeCudaParams& p, cudaStream_t stream) {
-  const auto kernel = decode_row_kernel<T, kVectors>;
+  const auto kernel = usual(p) ? decode_row_kernel<T, true> : decode_row_kernel<T, false>;
   RowLayout r;
-  lay_out(p, r);
+  if (!lay_out(p, shared_limit(), r)) return cudaErrorInvalidConfiguration;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, r.bytes);
   if (error != cudaSuccess) return error;
@@ -146,7 +217,7 @@ cudaError_t launch(const DecodeCudaParams& p, cudaStream_t stream) {
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(p.plan.blocks);
-  config.blockDim = dim3(kRowThreads);
+  config.blockDim = dim3(kRowBlock);
   config.dynamicSmemBytes = r.bytes;
   config.stream = stream;
   config.attrs = &cooperative;
@@ -154,42 +225,27 @@ cudaError_t launch(const DecodeCudaParams& p, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, p, r);
 }
 
-template <typename T>
-cudaError_t launch_for_vectors(const DecodeCudaParams& p, cudaStream_t stream) {
-  switch (p.plan.vectors) {
-    case 3:
-      return launch<T, 3>(p, stream);
-    case 4:
-      return launch<T, 4>(p, stream);
-    default:
-      return launch<T, 5>(p, stream);
-  }
-}
-
 }  // namespace
 
-bool decode_row_plan(const DecodeCudaSizes& s, int shared, DecodePlan& plan) {
-  if (s.batch != 1 || !small_enough(s) || !cut_rows(s, plan)) return false;
+bool decode_row_plan(const DecodeCudaSizes& s, int device, int shared, DecodePlan& plan) {
+  if (s.batch != 1 || !runs_code_for_90(device) || !small_enough(s)) return false;
   DecodeCudaParams p;  // with the largest dtypes
   p.size = s;
   p.plan = plan;
   RowLayout r;
-  if (lay_out(p, r) > shared) return false;
-  const auto even = [](int64_t words) { return (words + 1) / 2 * 2; };
-  const int64_t inner = even(int64_t{s.d_inner} * size_of(s.dtype) / 4);
-  plan.words = decode::kReplicas * (even(s.d_model) + inner + even(s.projected)) +
-               even(plan.blocks) * s.projected;
+  if (!lay_out(p, shared, r)) return false;
+  plan.words = r.words.partial + int64_t{r.words.partial_stride} * s.projected;
   return true;
 }
 
 cudaError_t decode_row(const DecodeCudaParams& p, cudaStream_t stream) {
   switch (p.size.dtype) {
     case DType::kFloat16:
-      return launch_for_vectors<__half>(p, stream);
+      return launch<__half>(p, stream);
     case DType::kBFloat16:
-      return launch_for_vectors<__nv_bfloat16>(p, stream);
+      return launch<__nv_bfloat16>(p, stream);
     default:
-      return launch_for_vectors<float>(p, stream);
+      return launch<float>(p, stream);
   }
 }
 

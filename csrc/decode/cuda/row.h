@@ -6,9 +6,9 @@
 
 namespace mamba {
 
-// Whether a single row's kernel serves these sizes with `shared` bytes of shared memory for a
-// block; completes the plan, whose blocks are set.
-bool decode_row_plan(const DecodeCudaSizes& size, int shared, DecodePlan& plan);
+// Whether a single row's kernel, which needs compute capability 9.0, serves these sizes on a device
+// with `shared` bytes of shared memory for a block; completes the plan, whose blocks are set.
+bool decode_row_plan(const DecodeCudaSizes& size, int device, int shared, DecodePlan& plan);
 
 cudaError_t decode_row(const DecodeCudaParams& p, cudaStream_t stream);
 

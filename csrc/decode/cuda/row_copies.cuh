@@ -1,137 +1,122 @@
 // A layer's small arrays on their way into shared memory: the norm's weights, and of everything
-// that belongs to channels or rows of out_proj this block's part. A list of 16-byte copies is made
-// once and carried out for each layer.
+// that belongs to channels this block's part. A warp of its own fetches them, each stage as soon as
+// the layer before no longer needs its memory.
 #pragma once
 
-#include "row_layout.h"
-#include "stream.cuh"
+#include "row_ring.cuh"
 
 namespace mamba {
 namespace decode {
 
-class SmallCopies {
+// Carried out by one warp.
+class SmallFetcher {
  public:
-  __device__ SmallCopies(const DecodeCudaParams& p, const RowLayout& r, char* shared,
-                         Range channels, Range rows)
-      : p_(p), r_(r), shared_(shared), channels_(channels), rows_(rows) {
-    const int e = p.size.dtype == DType::kFloat32 ? 4 : 2;
-    column_bytes_ = kChannelGroup * e;
-    columns_ = channels.count / kChannelGroup * p.size.projected;
-    count_ = norm_count_ = 0;
-#pragma unroll 1
-    for (int i = 0; i < kSmalls; ++i) {
-      if (!exists(i)) continue;
-      const int64_t begin = begin_of(i);
-      count_ += static_cast<int>((begin % 16 + bytes_of(i) + 15) / 16);
-      if (i <= kNormBias) norm_count_ = count_;
-    }
+  __device__ SmallFetcher(const DecodeCudaParams& p, const RowLayout& r, char* shared,
+                          Range channels, RowBarriers barriers)
+      : p_(p),
+        r_(r),
+        shared_(shared),
+        channels_(channels),
+        barriers_(barriers),
+        lane_(static_cast<int>(threadIdx.x) % 32) {
+    // A lane knows where one of the arrays is.
+    const int i = lane_ < kSmalls ? lane_ : 0;
+    const SmallLayout& s = r.small[i];
+    const bool all = s.scope == SmallLayout::kAll;
+    const int64_t begin = s.base + (all ? 0 : int64_t{channels.first} * s.unit);
+    const int64_t end = begin + (all ? 1 : channels.count) * int64_t{s.unit};
+    field_ = s.field;
+    place_ = s.place;
+    from_ = begin / 16 * 16;
+    bytes_ = exists(i) ? static_cast<int>(end - from_) : 0;
   }
 
-  // Writes the list, and where in the buffer this block's parts begin, -1 for one that is absent;
-  // all threads call this, then synchronise.
-  __device__ void list() const {
-    int* places = reinterpret_cast<int*>(shared_ + r_.places);
-    if (threadIdx.x < kSmalls) {
-      const int i = static_cast<int>(threadIdx.x);
-      places[i] = exists(i) ? r_.small[i].place + static_cast<int>(begin_of(i) % 16) : -1;
-    }
-    uint2* copies = reinterpret_cast<uint2*>(shared_ + r_.copies);
-    int done = 0;
+  // After the last layer there is the last norm.
+  __device__ void run() const {
 #pragma unroll 1
-    for (int i = 0; i < kSmalls; ++i) {
-      if (!exists(i)) continue;
-      const int64_t begin = begin_of(i), end = begin + bytes_of(i), first = begin / 16 * 16;
-      const int chunks = static_cast<int>((end - first + 15) / 16);
-      for (int k = threadIdx.x; k < chunks; k += kRowThreads) {
-        const int64_t from = first + 16 * int64_t{k};
-        const int bytes = end - from < 16 ? static_cast<int>(end - from) : 16;
-        copies[done + k] = pack(from, r_.small[i].place + 16 * k, r_.small[i].field, bytes);
-      }
-      done += chunks;
-    }
-    uint2* columns = reinterpret_cast<uint2*>(shared_ + r_.column_copies);
-    const int64_t row_bytes = int64_t{column_bytes_} / kChannelGroup * p_.size.d_inner;
-    const int64_t first = int64_t{column_bytes_} / kChannelGroup * channels_.first;
-    for (int k = threadIdx.x; k < columns_; k += kRowThreads) {
-      const int group = k / p_.size.projected, output = k - group * p_.size.projected;
-      columns[k] = pack(output * row_bytes + first + group * column_bytes_,
-                        r_.columns + k * column_bytes_, 0, column_bytes_);
-    }
-  }
-
-  // Starts the copies for a layer; after the last one there is the last norm.
-  __device__ __forceinline__ void start(int layer) const {
-    const bool last = layer == p_.size.layers;
-    const void* const* fields =
-        last ? &p_.norm_weight : reinterpret_cast<const void* const*>(&p_.layer[layer]);
-    char* buffer = shared_ + r_.buffers + layer % 2 * r_.buffer_bytes;
-    const uint2* copies = reinterpret_cast<const uint2*>(shared_ + r_.copies);
-    const int count = last ? norm_count_ : count_;
+    for (int layer = 0; layer <= p_.size.layers; ++layer) {
+      const bool last = layer == p_.size.layers;
+      const void* const* fields =
+          last ? &p_.norm_weight : reinterpret_cast<const void* const*>(&p_.layer[layer]);
+      const void* data = field_ < (last ? 2 : kFields) ? fields[field_] : nullptr;
 #pragma unroll 1
-    for (int k = threadIdx.x; k < count; k += kRowThreads) {
-      const uint2 c = copies[k];
-      const char* from = static_cast<const char*>(fields[c.y >> 16 & 255]) + c.x;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place(buffer, c)),
-                   "l"(from), "r"(c.y >> 24)
-                   : "memory");
-    }
-    if (last) return;
-    const char* x_proj = static_cast<const char*>(p_.layer[layer].x_proj);
-    const uint2* columns = reinterpret_cast<const uint2*>(shared_ + r_.column_copies);
+      for (int stage = 0; stage < (last ? 1 : kStages); ++stage) {
+        if (layer > 0) wait_patiently(barriers_.used(stage), (layer - 1) & 1);
+        const int begin = stage == kForNorm ? 0 : stage == kForConvolution ? kInBias : kDtProj;
+        const int end = stage == kForNorm ? kInBias : stage == kForConvolution ? kDtProj : kSmalls;
 #pragma unroll 1
-    for (int k = threadIdx.x; k < columns_; k += kRowThreads) {
-      const uint2 c = columns[k];
-      if (column_bytes_ == 8) {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(place(buffer, c)),
-                     "l"(x_proj + c.x)
-                     : "memory");
-      } else {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place(buffer, c)),
-                     "l"(x_proj + c.x)
-                     : "memory");
+        for (int i = begin; i < end; ++i) copy(i, data);
+        if (stage == kForConvolution) copy_columns(layer);
+#ifdef MAMBA_RACECHECK  // which does not follow arrivals of copies
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        arrive(barriers_.ready(stage));
+#else
+        asm volatile(
+            "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barriers_.ready(stage))
+            : "memory");
+#endif
       }
     }
+    asm volatile("cp.async.wait_all;" ::: "memory");
   }
-
-  // This thread's copies have arrived.
-  __device__ __forceinline__ static void wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
  private:
-  __device__ __forceinline__ static uint2 pack(int64_t from, int place, int field, int bytes) {
-    return make_uint2(static_cast<unsigned>(from),
-                      static_cast<unsigned>(place / 8 | field << 16 | bytes << 24));
-  }
-
-  __device__ __forceinline__ static unsigned place(char* buffer, uint2 c) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(buffer)) + (c.y & 0xffff) * 8;
-  }
+  static constexpr int kFields = sizeof(DecodeLayerArgs) / sizeof(void*);
 
   // All layers have the same biases or none.
   __device__ __forceinline__ bool exists(int i) const {
     return reinterpret_cast<const void* const*>(&p_.layer[0])[r_.small[i].field] != nullptr;
   }
 
-  __device__ __forceinline__ int64_t begin_of(int i) const {
-    const SmallLayout& s = r_.small[i];
-    const int first = s.scope == SmallLayout::kChannels ? channels_.first
-                      : s.scope == SmallLayout::kRows   ? rows_.first
-                                                        : 0;
-    return s.base + int64_t{first} * s.unit;
+  __device__ __forceinline__ static void copy_async(uint32_t to, const char* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
   }
 
-  __device__ __forceinline__ int64_t bytes_of(int i) const {
-    const SmallLayout& s = r_.small[i];
-    const int count = s.scope == SmallLayout::kChannels ? channels_.count
-                      : s.scope == SmallLayout::kRows   ? rows_.count
-                                                        : 1;
-    return int64_t{count} * s.unit;
+  // Array i, of which lane i knows the places.
+  __device__ __forceinline__ void copy(int i, const void* data) const {
+    const auto own = reinterpret_cast<unsigned long long>(data) + from_;
+    const char* from = reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, own, i));
+    const int bytes = __shfl_sync(0xffffffffu, bytes_, i);
+    const uint32_t to = shared_address(shared_) + __shfl_sync(0xffffffffu, place_, i);
+#pragma unroll 1
+    for (int at = 16 * lane_; at < bytes; at += 512) {
+      copy_async(to + at, from + at, bytes - at < 16 ? bytes - at : 16);
+    }
+  }
+
+  // x_proj's columns of this block's channels: four channels of all outputs, then the next four.
+  __device__ __forceinline__ void copy_columns(int layer) const {
+    const int e = p_.size.dtype == DType::kFloat32 ? 4 : 2, outputs = p_.size.projected;
+    const int row_bytes = p_.size.d_inner * e, group_bytes = kChannelGroup * e;
+    const int groups = channels_.count / kChannelGroup;
+    const char* from = static_cast<const char*>(p_.layer[layer].x_proj) + channels_.first * e;
+    const uint32_t to = shared_address(shared_ + r_.columns);
+#pragma unroll 1
+    for (int output = lane_; output < outputs; output += 32) {
+      const char* row = from + static_cast<int64_t>(output) * row_bytes;
+      uint32_t place = to + output * group_bytes;
+#pragma unroll 1
+      for (int g = 0; g < groups; ++g) {
+        if (group_bytes == 8) {
+          asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(place), "l"(row)
+                       : "memory");
+        } else {
+          copy_async(place, row, 16);
+        }
+        row += group_bytes, place += outputs * group_bytes;
+      }
+    }
   }
 
   const DecodeCudaParams& p_;
   const RowLayout& r_;
   char* shared_;
-  const Range channels_, rows_;
-  int column_bytes_, columns_, count_, norm_count_;
+  const Range channels_;
+  const RowBarriers barriers_;
+  const int lane_;
+  int field_, place_, bytes_;
+  int64_t from_;
 };
 
 }  // namespace decode

@@ -15,9 +15,10 @@
 namespace mamba {
 namespace decode {
 
-__device__ __forceinline__ void put_word(uint64_t* to, unsigned value, unsigned tag) {
+__device__ __forceinline__ void put_word(uint64_t* words, unsigned at, unsigned value,
+                                         unsigned tag) {
   const uint64_t word = (uint64_t{tag} << 32) | value;
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(words + at), "l"(word) : "memory");
 }
 
 __device__ __forceinline__ ulonglong2 peek_two(const uint64_t* from) {
@@ -59,36 +60,49 @@ class Patience {
 #endif
 };
 
-// Takes kAtOnce pairs of words at a time: use(k, value of word 2 k, value of word 2 k + 1) for
-// this thread's k below `pairs`.
-template <int kAtOnce, typename Use>
-__device__ __forceinline__ void take_pairs(const uint64_t* words, int pairs, int thread,
-                                           int threads, unsigned tag, const Use& use) {
+// Takes kAtOnce pairs of words at a time, for this thread's k below `pairs`: use(prepare(k), value
+// of word 2 k, value of word 2 k + 1). What `prepare` does is done while the words are not there.
+template <int kAtOnce, typename Prepare, typename Use>
+__device__ __forceinline__ void take_pairs(const uint64_t* words, unsigned pairs, unsigned thread,
+                                           unsigned threads, unsigned tag, const Prepare& prepare,
+                                           const Use& use) {
   Patience patience;
 #pragma unroll 1
-  for (int base = thread; base < pairs; base += kAtOnce * threads) {
+  for (unsigned base = thread; base < pairs; base += kAtOnce * threads) {
     ulonglong2 v[kAtOnce];
+    decltype(prepare(base)) prepared[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (base + j * threads < pairs) prepared[j] = prepare(base + j * threads);
+    }
+    const uint64_t* from = words + 2 * base;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (base + j * threads < pairs) v[j] = peek_two(from + 2 * j * threads);
+    }
     bool waits;
     do {
       waits = false;
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        if (base + j * threads < pairs) v[j] = peek_two(words + 2 * (base + j * threads));
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (base + j * threads < pairs) {
-          waits |= tag_of(v[j].x) != tag || tag_of(v[j].y) != tag;
+        if (base + j * threads < pairs && (tag_of(v[j].x) != tag || tag_of(v[j].y) != tag)) {
+          waits = true;
+          v[j] = peek_two(from + 2 * j * threads);
         }
       }
       if (waits) patience.turn();
     } while (waits);
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const int k = base + j * threads;
-      if (k < pairs) use(k, value_of(v[j].x), value_of(v[j].y));
+      if (base + j * threads < pairs) use(prepared[j], value_of(v[j].x), value_of(v[j].y));
     }
   }
+}
+
+// Keeps the compiler from computing a place later than here.
+__device__ __forceinline__ unsigned now(unsigned place) {
+  asm volatile("" : "+r"(place));
+  return place;
 }
 
 __device__ __forceinline__ unsigned take_one(const uint64_t* from, unsigned tag) {

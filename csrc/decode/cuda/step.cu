@@ -110,7 +110,7 @@ std::string decode_plan(const DecodeCudaSizes& s, int device, DecodePlan& plan) 
       plan.out_parts = parts;
       plan.shared_bytes = fixed_bytes(stages) + largest_inputs(s, plan);
       if (plan.shared_bytes > shared) continue;
-      plan.one_row = decode_row_plan(s, shared, plan);
+      plan.one_row = decode_row_plan(s, device, shared, plan);
       return "";
     }
   }
