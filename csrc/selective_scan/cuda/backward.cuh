@@ -15,6 +15,7 @@
 namespace mamba {
 
 constexpr int kWideWarps = 12;  // of a block for many channels
+constexpr int kSumsPitch = 68;  // of a warp's sums of a state, in fours: see SumsPlace
 
 // A lane owns 16 steps of a channel, a warp 64 steps of 8 channels: lane 8 i + j holds the i-th
 // steps of the j-th channel. Lanes that differ in j % 4 lie as mma sums them.
@@ -120,8 +121,8 @@ struct BackwardMemory {
   static constexpr int kTensors = 9;            // u, delta, dout, z, du, ddelta, dz, B, C
   static constexpr int kStarts = kTensors + 3;  // and partial dC, partial dB, chunk states
 
-  int u, delta, dout, z, stage, B_raw, C_raw, columns, projections, entering, deltas, sums,
-      barriers, records, constants, totals, starts, numbers, total;
+  int u, delta, dout, z, stage, B_raw, C_raw, projections, entering, deltas, sums, barriers,
+      records, constants, totals, starts, numbers, total;
 
   __host__ __device__ BackwardMemory(const BackwardArgs& a, int stages) {
     int at = 0;
@@ -138,11 +139,10 @@ struct BackwardMemory {
     take((stages - 1) * stage);
     B_raw = take(a.p.constant_B ? 0 : StateTile::bytes(a.B.element_size()));
     C_raw = take(a.p.constant_C ? 0 : StateTile::bytes(a.C.element_size()));
-    columns = take(32 * 32);
     projections = take(S::kStates * kStatePitch * 4);
     entering = take(2 * S::kChannels * kEnterPitch * 4);
     deltas = take(S::kThreads * S::L * 4);  // [four steps of a lane][thread]
-    sums = take(S::kRing * S::kWarps * 1024);
+    sums = take(S::kRing * S::kWarps * kSumsPitch * 16);
     barriers = take(2 * S::kRing * 8);
     records = take(static_cast<int>(a.p.state_dim) * kRecordPitch * 4);
     constants = take(2 * S::kChannels * 4);  // bias, D

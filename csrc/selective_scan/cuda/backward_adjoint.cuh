@@ -101,8 +101,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kMinBlocks)
         block.load_projections(last ? t0 + S::kSteps : t0, last ? 0 : first + S::kStates);
       }
       copies_commit();
-      const StateRun<S, kGeneral> run{
-          a, at, lane, at.row * a.p.length + t0 + at.i() * S::L, nullptr, block.floats(m.deltas)};
+      const StateRun<S, kGeneral> run{a,
+                                      at,
+                                      lane,
+                                      at.row * a.p.length + t0 + at.i() * S::L,
+                                      block.floats(m.deltas),
+                                      Columns(at.lane())};
       const float* from = block.floats(m.projections) + at.i() * M::kLanePitch;
       float* record = block.floats(m.records) + first * M::kRecordPitch + at.c();
 #pragma unroll 1

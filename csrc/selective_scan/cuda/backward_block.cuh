@@ -18,6 +18,7 @@ template <class S, class K, bool kGeneral>
 struct BackwardBlock {
   using M = BackwardMemory<S, kGeneral>;
   using Tile = typename M::Tile;
+  using StateTile = typename M::StateTile;
   using Lane = BackwardLane;
   const BackwardArgs& a;
   const M& m;
@@ -159,69 +160,82 @@ struct BackwardBlock {
     }
   }
 
-  // Starts to bring B or C of the states from `first` on.
-  __device__ __forceinline__ void load(char* raw, const TileSource& s, int tensor, int64_t t0,
-                                       int first, int from_thread) const {
-    using States = typename M::StateTile;
-    const int size = s.element_size();
-    char* const from = start(tensor) + (first * s.stride_c + t0 * s.stride_t) * size;
-    if (K::kAny || s.order == TileOrder::kElements || t0 + S::kSteps > a.p.length ||
-        first + S::kStates > n) {
-      move_any_tile<States, S::kThreads, true>(
-          raw, from, s, clamp_int(a.p.length - t0, 0, S::kSteps), min(n - first, S::kStates));
-      return;
-    }
+  // Starts to bring B or C of the states from `first` on, piece by piece of 16 bytes.
+  __device__ __forceinline__ void load_any(char* raw, const TileSource& s, int tensor, int64_t t0,
+                                           int first) const {
+    move_any_tile<StateTile, S::kThreads, true>(
+        raw, start(tensor) + (first * s.stride_c + t0 * s.stride_t) * s.element_size(), s,
+        clamp_int(a.p.length - t0, 0, S::kSteps), min(n - first, S::kStates));
+  }
+  template <int kSize>
+  __device__ __forceinline__ void load_piece(char* raw, const TileSource& s, int tensor, int piece,
+                                             int64_t t0, int first) const {
+    constexpr int kPer = 16 / kSize, kRow = S::kSteps / kPer, kColumn = S::kStates / kPer;
     const bool by_time = s.order == TileOrder::kTime;
-    const int64_t row_bytes = (by_time ? s.stride_c : s.stride_t) * size;
-    const int per = 16 / size, pieces = (by_time ? S::kSteps : S::kStates) / per;
-    // B and C go to different warps, if there are enough.
-    const int thread = (at.thread() + S::kThreads - from_thread) % S::kThreads;
-    for (int i = thread; i < S::kStates * S::kSteps / per; i += S::kThreads) {
-      const int row = i / pieces, at_piece = i % pieces * per;
-      char* const to = raw + (by_time ? States::at(TileOrder::kTime, size, row, at_piece)
-                                      : States::at(TileOrder::kChannel, size, at_piece, row));
-      copy_async<16>(to, from + row * row_bytes + at_piece * size, 16);
-    }
+    const int row = by_time ? piece / kRow : piece / kColumn;
+    const int at_piece = (by_time ? piece % kRow : piece % kColumn) * kPer;
+    const int64_t state = first + (by_time ? row : at_piece), t = t0 + (by_time ? at_piece : row);
+    char* const to = raw + (by_time ? StateTile::at(TileOrder::kTime, kSize, row, at_piece)
+                                    : StateTile::at(TileOrder::kChannel, kSize, at_piece, row));
+    copy_async<16>(to, start(tensor) + (state * s.stride_c + t * s.stride_t) * kSize, 16);
   }
   __device__ __forceinline__ void load_projections(int64_t t0, int first) const {
-    if (!kGeneral || !a.p.constant_B) load(smem + m.B_raw, a.B, 7, t0, first, 0);
-    if (!kGeneral || !a.p.constant_C) load(smem + m.C_raw, a.C, 8, t0, first, 128 % S::kThreads);
+    if constexpr (!K::kAny) {
+      const bool pieces = a.B.order != TileOrder::kElements && a.C.order != TileOrder::kElements;
+      if (pieces && t0 + S::kSteps <= a.p.length && first + S::kStates <= n) {
+        constexpr int kSize = Share::kSize, kPieces = S::kStates * S::kSteps * kSize / 16;
+#pragma unroll
+        for (int i = at.thread(); i < 2 * kPieces; i += S::kThreads) {
+          const bool of_C = i >= kPieces;
+          load_piece<kSize>(smem + (of_C ? m.C_raw : m.B_raw), of_C ? a.C : a.B, of_C ? 8 : 7,
+                            i % kPieces, t0, first);
+        }
+        return;
+      }
+    }
+    if (!kGeneral || !a.p.constant_B) load_any(smem + m.B_raw, a.B, 7, t0, first);
+    if (!kGeneral || !a.p.constant_C) load_any(smem + m.C_raw, a.C, 8, t0, first);
   }
 
-  // B and C as fp32, steps innermost; what does not exist or is padding becomes 0.
+  // B and C as fp32, steps innermost; what does not exist or is padding becomes 0. A thread takes
+  // eight steps of a state.
   __device__ __forceinline__ void convert_projections(int64_t t0, int first) const {
     const int steps = clamp_int(a.p.length - t0, 0, S::kSteps), states = min(n - first, S::kStates);
-    constexpr int kQuads = S::kStates * S::kSteps / 4;
+    constexpr int kRow = S::kSteps / 8, kPieces = S::kStates * kRow;
 #pragma unroll
-    for (int i = at.thread(); i < 2 * kQuads; i += S::kThreads) {
-      const bool of_C = i >= kQuads;
+    for (int i = at.thread(); i < 2 * kPieces; i += S::kThreads) {
+      const bool of_C = i >= kPieces;
       if (kGeneral && (of_C ? a.p.constant_C : a.p.constant_B)) continue;
       const TileSource& s = of_C ? a.C : a.B;
       const char* const raw = smem + (of_C ? m.C_raw : m.B_raw);
-      const int quad = of_C ? i - kQuads : i;
-      float v[4];
-      int state, t;
-      if (s.order == TileOrder::kChannel) {
-        state = quad % S::kStates, t = quad / S::kStates * 4;
+      const bool by_channel = s.order == TileOrder::kChannel;
+      const int piece = i % kPieces, state = by_channel ? piece % S::kStates : piece / kRow;
+      const int t = (by_channel ? piece / S::kStates : piece % kRow) * 8;
+      float v[8];
+      if (by_channel) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) v[k] = element(raw, s, state, t + k);
+        for (int k = 0; k < 8; ++k) v[k] = element(raw, s, state, t + k);
       } else {
-        state = quad / (S::kSteps / 4), t = quad % (S::kSteps / 4) * 4;
-        four_elements(v, raw, s, state, t);
+        eight_elements(v, raw, s, state, t);
       }
-      if (state >= states || t + 4 > steps || (kGeneral && a.events.before)) {
+      if (state >= states || t + 8 > steps || (kGeneral && a.events.before)) {
+        clear_absent(v, state < states ? steps - t : 0, t0 + t);
+      }
+      float4* const to = reinterpret_cast<float4*>(floats(m.projections) + state * M::kStatePitch +
+                                                   (of_C ? M::kRowPitch : 0) +
+                                                   t / S::L * M::kLanePitch + t % S::L);
+      to[0] = make_float4(v[0], v[1], v[2], v[3]);
+      to[1] = make_float4(v[4], v[5], v[6], v[7]);
+    }
+  }
+  __device__ __forceinline__ void clear_absent(float (&v)[8], int exist, int64_t t) const {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          bool here = state < states && t + k < steps;
-          if (kGeneral && here && a.events.before) {
-            here = a.events.before[at.row * a.p.length + t0 + t + k] != CudaScanEvents::kPadding;
-          }
-          if (!here) v[k] = 0.0f;
-        }
+    for (int k = 0; k < 8; ++k) {
+      bool here = k < exist;
+      if (kGeneral && here && a.events.before) {
+        here = a.events.before[at.row * a.p.length + t + k] != CudaScanEvents::kPadding;
       }
-      *reinterpret_cast<float4*>(floats(m.projections) + state * M::kStatePitch +
-                                 (of_C ? M::kRowPitch : 0) + t / S::L * M::kLanePitch + t % S::L) =
-          make_float4(v[0], v[1], v[2], v[3]);
+      if (!here) v[k] = 0.0f;
     }
   }
   // Four of the lane's steps of B or C (`x`).
@@ -251,23 +265,28 @@ struct BackwardBlock {
   __device__ __forceinline__ static float element(const char* raw, const TileSource& s, int state,
                                                   int t) {
     const DType dtype = projection_dtype(s);
-    return load_float(raw + M::StateTile::at(s.order, dtype == DType::kFloat32 ? 4 : 2, state, t),
+    return load_float(raw + StateTile::at(s.order, dtype == DType::kFloat32 ? 4 : 2, state, t),
                       dtype, 0);
   }
-  __device__ __forceinline__ static void four_elements(float (&v)[4], const char* raw,
-                                                       const TileSource& s, int state, int t) {
+  __device__ __forceinline__ static void eight_elements(float (&v)[8], const char* raw,
+                                                        const TileSource& s, int state, int t) {
     const DType dtype = projection_dtype(s);
     if (dtype == DType::kFloat32) {
-      const float4 four =
-          *reinterpret_cast<const float4*>(raw + M::StateTile::at(TileOrder::kTime, 4, state, t));
-      v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+      const float4* const from =
+          reinterpret_cast<const float4*>(raw + StateTile::at(TileOrder::kTime, 4, state, t));
+      const float4 low = from[0], high = from[1];
+      v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+      v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
       return;
     }
-    const uint2 words =
-        *reinterpret_cast<const uint2*>(raw + M::StateTile::at(TileOrder::kTime, 2, state, t));
-    const float2 low = unpack(words.x, dtype == DType::kBFloat16);
-    const float2 high = unpack(words.y, dtype == DType::kBFloat16);
-    v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
+    const uint4 eight =
+        *reinterpret_cast<const uint4*>(raw + StateTile::at(TileOrder::kTime, 2, state, t));
+    const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float2 two = unpack(words[k], dtype == DType::kBFloat16);
+      v[2 * k] = two.x, v[2 * k + 1] = two.y;
+    }
   }
 
   // Before anything is loaded: where the tensors are.
@@ -295,9 +314,6 @@ struct BackwardBlock {
       int* const numbers = reinterpret_cast<int*>(smem + m.numbers);
       numbers[0] = at.channels, numbers[1] = static_cast<int>(tiles);
       numbers[2] = static_cast<int>(first + tiles - 1);
-    }
-    if (at.thread() < 32) {
-      write_columns(at.thread(), reinterpret_cast<float2*>(smem + m.columns));
     }
     __syncthreads();
   }

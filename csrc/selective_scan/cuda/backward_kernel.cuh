@@ -45,8 +45,8 @@ __device__ __forceinline__ void run_states(const BackwardBlock<S, K, kGeneral>& 
                                   at,
                                   lane,
                                   at.row * block.a.p.length + block.step_of(k) + at.i() * S::L,
-                                  block.smem + block.m.columns,
-                                  block.floats(block.m.deltas)};
+                                  block.floats(block.m.deltas),
+                                  Columns(at.lane())};
   StateRows<S, M> in;
   in.projections = block.floats(block.m.projections) + at.i() * M::kLanePitch;
   in.entering = block.floats(block.m.entering) + (entered * S::kChannels + at.c()) * M::kEnterPitch;
@@ -56,6 +56,7 @@ __device__ __forceinline__ void run_states(const BackwardBlock<S, K, kGeneral>& 
   const auto rows = [&](int which, int q, float (&v)[4]) {
     block.read_projection(which, q, v, in.projections, state);
   };
+  char* const sums_of_lane = block.smem + block.m.sums + SumsPlace::of_lane(at.warp(), at.lane());
   StateSteps<S> steps;
   run.begin(steps, in.record[0]);
   float dA = 0.0f;  // of the state before
@@ -63,25 +64,23 @@ __device__ __forceinline__ void run_states(const BackwardBlock<S, K, kGeneral>& 
 #pragma unroll 1
   while (true) {
     StateSums sums;
-    Group group;
     float grad[kGeneral ? S::L : 1], h, g;
     const bool free = place_is_free<S>(block, turn);
     run.read_inputs(steps, rows);
     const float leaving =
-        run.enter(state, steps, group, rows, grad, *in.entering, in.record[S::kChannels], h, g, dA);
+        run.enter(state, steps, rows, grad, *in.entering, in.record[S::kChannels], h, g, dA);
     __syncwarp();  // every lane has read the carry
     if (at.i() == 0) {
       in.record[S::kChannels] = leaving;
       record[2 * S::kChannels] += dA;
     }
     record = in.record;
-    run.template run_states<kExact>(steps, group, rows, h, sums);
     wait_for_place<S>(block, turn, free);
-    write_sums<S>(block, turn, 0, sums.C);
+    const SumsPlace place{sums_of_lane + ring_offset<S>(turn), at.lane() % 4 == 0};
+    const float4 last = run.template run_states<kExact>(steps, h, sums, place);
     // The row after the last is not used.
-    run.template run_adjoints<kExact>(state, steps, group, rows, grad, g, record[M::kRecordPitch],
-                                      sums, dA);
-    write_sums<S>(block, turn, 1, sums.B);
+    run.template run_adjoints<kExact>(state, steps, rows, grad, h, g, record[M::kRecordPitch], sums,
+                                      dA, place, last);
     hand_over_sums<S>(block, turn);
     if constexpr (kGeneral) keep_constants(block, sums, record);
     // A state late, when other warps are likely to be done with it.

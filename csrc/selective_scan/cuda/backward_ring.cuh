@@ -16,45 +16,40 @@ __device__ __forceinline__ void begin_barriers(const char* barriers) {
   }
 }
 
-// The turns at the ring, state after state: a place in the ring, and above its two bits how often
-// the ring has gone round.
+// The turns at the ring, state after state: eight times the place in the ring, and in the highest
+// bit whether the ring has gone round an odd number of times.
+constexpr unsigned kRound = 1u << 31;
 template <class S>
 __device__ __forceinline__ unsigned next_turn(unsigned turn) {
-  static_assert(S::kRing <= 4);
-  return turn % 4 == S::kRing - 1 ? turn + 5 - S::kRing : turn + 1;
+  constexpr unsigned kLast = 8 * (S::kRing - 1);
+  return (turn & ~kRound) == kLast ? turn + (kRound - kLast) : turn + 8;
 }
 template <class S>
 __device__ __forceinline__ unsigned turn_before(unsigned turn) {
-  return turn % 4 == 0 ? turn - 5 + S::kRing : turn - 1;
+  constexpr unsigned kLast = 8 * (S::kRing - 1);
+  return (turn & ~kRound) == 0 ? turn - (kRound - kLast) : turn - 8;
 }
 
-// Where the warps' sums of a state go, [warp][C or B][lane].
-template <class S, class Block>
-__device__ __forceinline__ float4* ring_sums(const Block& block, unsigned turn) {
-  return reinterpret_cast<float4*>(block.smem + block.m.sums) + turn % 4 * (S::kWarps * 64);
+// Where the warps' sums of a state go, as SumsPlace says, in bytes from the first turn's.
+template <class S>
+__device__ __forceinline__ unsigned ring_offset(unsigned turn) {
+  return (turn & ~kRound) * (S::kWarps * kSumsPitch * 2);
 }
 // The barriers of its place in the ring: all warps have written (0), it has been read (1).
 template <class S, class Block>
 __device__ __forceinline__ uint32_t ring_barrier(const Block& block, unsigned turn, int which) {
-  return shared_address(block.smem + block.m.barriers) + (which * S::kRing + turn % 4) * 8;
+  return shared_address(block.smem + block.m.barriers) + which * S::kRing * 8 + (turn & ~kRound);
 }
 
 // Hands a state's sums to the warp that adds them up: dC (0) and dB (1). `free`: what place_is_free
 // said earlier.
 template <class S, class Block>
 __device__ __forceinline__ bool place_is_free(const Block& block, unsigned turn) {
-  return barrier_passed(ring_barrier<S>(block, turn, 1), (turn / 4 & 1) ^ 1);
+  return barrier_passed(ring_barrier<S>(block, turn, 1), ~turn / kRound);
 }
 template <class S, class Block>
 __device__ __forceinline__ void wait_for_place(const Block& block, unsigned turn, bool free) {
-  if (!free) barrier_wait(ring_barrier<S>(block, turn, 1), (turn / 4 & 1) ^ 1);
-}
-template <class S, class Block>
-__device__ __forceinline__ void write_sums(const Block& block, unsigned turn, int which,
-                                           const float (&v)[4]) {
-  const BackwardPlace<S>& at = block.at;
-  float4* const to = ring_sums<S>(block, turn) + at.warp() * 64 + at.lane() + 32 * which;
-  *to = make_float4(v[0], v[1], v[2], v[3]);
+  if (!free) barrier_wait(ring_barrier<S>(block, turn, 1), ~turn / kRound);
 }
 template <class S, class Block>
 __device__ __forceinline__ void hand_over_sums(const Block& block, unsigned turn) {
@@ -69,14 +64,16 @@ __device__ __forceinline__ void store_sums(const BackwardBlock<S, K, kGeneral>& 
   using M = BackwardMemory<S, kGeneral>;
   const BackwardPlace<S>& at = block.at;
   const BackwardArgs& a = block.a;
-  barrier_wait(ring_barrier<S>(block, turn, 0), turn / 4 & 1);
+  barrier_wait(ring_barrier<S>(block, turn, 0), turn / kRound);
   const bool of_B = at.lane() & 16;
   const int i = at.lane() / 4 % 4;
-  const float4* const from = ring_sums<S>(block, turn) + (of_B ? 32 : 0) + 8 * i + at.lane() % 4;
+  const float4* const from =
+      reinterpret_cast<const float4*>(block.smem + block.m.sums + ring_offset<S>(turn)) +
+      SumsPlace::at(of_B, at.lane() % 4) + i;
   float4 sum = from[0];
 #pragma unroll
   for (int w = 1; w < 2 * S::kWarps; ++w) {
-    const float4 v = from[w / 2 * 64 + w % 2 * 4];
+    const float4 v = from[w / 2 * kSumsPitch + w % 2 * 4];
     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
   }
   barrier_arrive_warp(ring_barrier<S>(block, turn, 1), at.lane());

@@ -51,12 +51,6 @@ __device__ __forceinline__ void read_four(float (&v)[4], const float* from) {
                : "r"(shared_address(from)));
 }
 
-__device__ __forceinline__ void read_two(float& first, float& second, const char* from) {
-  asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
-               : "=f"(first), "=f"(second)
-               : "r"(shared_address(from)));
-}
-
 // In one instruction, which the compiler does not find by itself.
 __device__ __forceinline__ void write_four(float* to, const float4& v) {
   asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
@@ -64,54 +58,71 @@ __device__ __forceinline__ void write_four(float* to, const float4& v) {
                : "memory");
 }
 
-// Sums over four neighbouring lanes on the tensor cores. The first operand of an m16n8k8 product is
-// four steps of every lane, the second says to which columns they go: lane 4 n + k holds its rows k
-// and k + 4 of column n. After four products, lane 4 r + j has the sums of the r-th four lanes'
-// steps 4 j + {0, 1, 2, 3}. These are the second operands' four pairs of rows, {k, k + 4} each, of
-// a lane.
-__device__ __forceinline__ void write_columns(int lane, float2* to) {
-  const auto is = [&](int column) { return lane / 4 == column ? 1.0f : 0.0f; };
-  for (int q = 0; q < 4; ++q) to[32 * q + lane] = make_float2(is(2 * q), is(2 * q + 1));
-}
+// Sums over four neighbouring lanes on the tensor cores: an m16n8k8 product of four steps of every
+// lane with the first two columns of ones, rows 0 to 3 in one and 4 to 7 in the other. The first of
+// the four lanes gets the sums of the four steps. These are the second operand's rows k and k + 4
+// of column n, of lane 4 n + k.
+struct Columns {
+  static constexpr uint32_t kOne = 0x3f800000;  // 1 in fp32
+  uint32_t low, high;
+  __device__ __forceinline__ explicit Columns(int lane)
+      : low(lane / 4 == 0 ? kOne : 0), high(lane / 4 == 1 ? kOne : 0) {}
+};
 
-__device__ __forceinline__ void multiply_tf32(float (&d)[4], const uint32_t (&v)[4], uint32_t low,
-                                              uint32_t high) {
+__device__ __forceinline__ void multiply_tf32(float (&d)[4], const uint32_t (&v)[4],
+                                              const Columns& columns) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(low), "r"(high));
+      : "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(columns.low), "r"(columns.high));
 }
 
-// What a group of four steps reads from shared memory: B, C and the rows of write_columns.
-struct Group {
-  float B[4], C[4], low, high;
-  __device__ __forceinline__ void read_columns(const char* columns, int lane, int q) {
-    read_two(low, high, columns + (32 * q + lane) * 8);
-  }
-};
-
-// Terms have 11 bits, which is enough for 16-bit results; kExact adds the next 11. The product cuts
-// off what is beyond them. The first part is rounded, so that what is cut off has either sign.
+// Of the products x y. The tensor cores cut them off after 11 bits, which is enough for 16-bit
+// results; kExact adds the next 11, what an fma finds beyond them. Then less than 2^-20 of a
+// product is cut off.
 template <bool kExact>
-__device__ __forceinline__ void add_channels(float (&d)[4], const float (&terms)[4],
-                                             const Group& group) {
-  const uint32_t low = __float_as_uint(group.low), high = __float_as_uint(group.high);
-  const float v[4] = {terms[0], terms[2], terms[1], terms[3]};
+__device__ __forceinline__ float4 sum_channels(const float (&x)[4], const float (&y)[4],
+                                               const Columns& columns) {
+  constexpr int kStep[4] = {0, 2, 1, 3};  // of an operand's rows
+  float d[4] = {};
   uint32_t bits[4];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) bits[k] = __float_as_uint(v[k]);
+  for (int k = 0; k < 4; ++k) bits[k] = __float_as_uint(x[kStep[k]] * y[kStep[k]]);
   if constexpr (kExact) {
     uint32_t rest[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      bits[k] = (bits[k] + 0x1000u) & 0xffffe000u;
-      rest[k] = __float_as_uint(v[k] - __uint_as_float(bits[k]));
+      const float first = __uint_as_float(bits[k] & 0xffffe000u);
+      rest[k] = __float_as_uint(fmaf(x[kStep[k]], y[kStep[k]], -first));
     }
-    multiply_tf32(d, rest, low, high);
+    multiply_tf32(d, rest, columns);
   }
-  multiply_tf32(d, bits, low, high);
+  multiply_tf32(d, bits, columns);
+  return make_float4(d[0], d[1], d[2], d[3]);
 }
+
+// Where a warp's sums of a state go: of C or B and of the q-th four steps of each lane, eight at
+// once, first those of the even four lanes. Odd q lie half a row of banks apart, so that what is
+// read at once is spread as well as what is written at once.
+struct SumsPlace {
+  char* to;
+  bool writes;
+  __host__ __device__ static constexpr int at(int which, int q) {
+    return 16 * which + 8 * (q / 2) + 36 * (q % 2);
+  }
+  __device__ __forceinline__ static int of_lane(int warp, int lane) {
+    return (warp * kSumsPitch + lane / 8 + lane / 4 % 2 * 4) * 16;
+  }
+  __device__ __forceinline__ void write(int which, int q, const float4& v) const {
+    if (writes) reinterpret_cast<float4*>(to)[at(which, q)] = v;
+  }
+};
+
+// B and C of four steps.
+struct Group {
+  float B[4], C[4];
+};
 
 // Adds what lanes hold over the lanes of their channel; every lane gets the sum.
 __device__ __forceinline__ float sum_steps(float v) {
@@ -119,10 +130,9 @@ __device__ __forceinline__ float sum_steps(float v) {
   return v + __shfl_xor_sync(0xffffffffu, v, 16);
 }
 
-// Sums of one state: dC and dB over four lanes' channels, as write_columns says; the rest is the
-// lane's own.
+// The lane's own sums of one state.
 struct StateSums {
-  float C[4], B[4], dB, dC;
+  float dB, dC;
 };
 
 // A state over the lane's steps: what a step keeps of it and puts in (later: what it was before the
@@ -139,8 +149,8 @@ struct StateRun {
   const BackwardPlace<S>& at;
   BackwardLane& lane;
   const int64_t first_step;  // row * length + the lane's first step
-  const char* columns;
   const float* deltas;
+  const Columns columns;
 
   __device__ __forceinline__ bool exists() const { return at.c() < at.channels; }
   __device__ __forceinline__ int64_t state_index(int id, int state) const {
@@ -185,17 +195,18 @@ struct StateRun {
   // first step and `carry` at its last. Returns the adjoint that leaves the tile. The sum over
   // lanes of the state before goes the same way (dA).
   template <class Rows>
-  __device__ __forceinline__ float enter(int state, StateSteps<S>& s, Group& now, Rows&& rows,
+  __device__ __forceinline__ float enter(int state, StateSteps<S>& s, Rows&& rows,
                                          float (&grad)[kGeneral ? S::L : 1], float entering,
                                          float carry, float& h, float& g, float& dA) const {
     constexpr int L = S::L;
+    float C[4];
     s.P = fminf(s.P, FLT_MAX);
     if constexpr (kGeneral) {
 #pragma unroll
       for (int q = 0; q < L / 4; ++q) {
-        rows(1, q, now.C);
+        rows(1, q, C);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) grad[4 * q + i] = lane.dy[4 * q + i] * now.C[i];
+        for (int i = 0; i < 4; ++i) grad[4 * q + i] = lane.dy[4 * q + i] * C[i];
       }
       apply_events(state, s, grad);
     }
@@ -205,11 +216,11 @@ struct StateRun {
     for (int i = 0; i < L; ++i) h = fmaf(s.decay[i], h, s.input[i]);
 #pragma unroll
     for (int q = L / 4 - 1; q >= 0; --q) {
-      if constexpr (!kGeneral) rows(1, q, now.C);
+      if constexpr (!kGeneral) rows(1, q, C);
 #pragma unroll
       for (int k = 3; k >= 0; --k) {
         const int i = 4 * q + k;
-        const float of_y = kGeneral ? grad[kGeneral ? i : 0] : lane.dy[i] * now.C[k];
+        const float of_y = kGeneral ? grad[kGeneral ? i : 0] : lane.dy[i] * C[k];
         g = i == L - 1 ? of_y + g : fmaf(s.decay[i + 1 < L ? i + 1 : 0], g, of_y);
       }
     }
@@ -222,62 +233,53 @@ struct StateRun {
     return leaving;
   }
 
-  // The states from what enters the lane's steps; of each step, the state before it is kept. The
-  // last group's reads serve the adjoints' first.
-  template <bool kExact, class Rows>
-  __device__ __forceinline__ void run_states(StateSteps<S>& s, Group& now, Rows&& rows, float h,
-                                             StateSums& sums) const {
-    constexpr int kQuads = S::L / 4;
-    if constexpr (kGeneral) rows(1, 0, now.C);
-    now.read_columns(columns, at.lane(), 0);
+  // The states from what enters the lane's steps (h, which becomes what leaves them); of each step,
+  // the state before it is kept.
+  template <bool kExact>
+  __device__ __forceinline__ float4 run_states(StateSteps<S>& s, float& h, StateSums& sums,
+                                               const SumsPlace& place) const {
     sums.dC = 0.0f;
-    clear(sums.C);
+    float4 done;
 #pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      Group next = now;
-      if (q + 1 < kQuads) {
-        rows(1, q + 1, next.C);
-        next.read_columns(columns, at.lane(), q + 1);
-      } else {
-        rows(0, q, next.B);
-      }
-      float terms[4];
+    for (int q = 0; q < S::L / 4; ++q) {
+      float states[4], dy[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int i = 4 * q + k;
-        const float before = h, dy = lane.dy[i];
+        const float before = h;
         h = fmaf(s.decay[i], h, s.input[i]);
         s.input[i] = before;
-        if (kGeneral && a.p.constant_C) sums.dC = fmaf(h, dy, sums.dC);
-        terms[k] = h * dy;
-        if (a.p.z.data) lane.y[i] = fmaf(now.C[k], h, lane.y[i]);
+        states[k] = h, dy[k] = lane.dy[i];
+        if (kGeneral && a.p.constant_C) sums.dC = fmaf(h, dy[k], sums.dC);
       }
-      add_channels<kExact>(sums.C, terms, now);
-      now = next;
+      const float4 sum = sum_channels<kExact>(states, dy, columns);
+      if (q > 0) place.write(0, q - 1, done);
+      done = sum;
     }
+    return done;
   }
 
-  // The adjoints, and all that follows from them. Where a decay has served, the next state's takes
-  // its place (`A_next`).
+  // The adjoints, and all that follows from them and from the state after each step. Where a decay
+  // has served, the next state's takes its place (`A_next`).
   template <bool kExact, class Rows>
-  __device__ __forceinline__ void run_adjoints(int state, StateSteps<S>& s, Group& now, Rows&& rows,
-                                               const float (&grad)[kGeneral ? S::L : 1], float g,
-                                               float A_next, StateSums& sums, float& dA) const {
+  __device__ __forceinline__ void run_adjoints(int state, StateSteps<S>& s, Rows&& rows,
+                                               const float (&grad)[kGeneral ? S::L : 1], float h,
+                                               float g, float A_next, StateSums& sums, float& dA,
+                                               const SumsPlace& place, float4 done) const {
     constexpr int kQuads = S::L / 4;
+    Group now;
+    rows(0, kQuads - 1, now.B), rows(1, kQuads - 1, now.C);
     float adjoints[kGeneral ? S::L : 1], parts[2] = {};
     sums.dB = 0.0f;
-    clear(sums.B);
 #pragma unroll
     for (int q = kQuads - 1; q >= 0; --q) {
       Group next = now;
       float delta[4];
       read_deltas(q, delta);
       if (q > 0) {
-        rows(0, q - 1, next.B);
-        if (!kGeneral) rows(1, q - 1, next.C);
-        next.read_columns(columns, at.lane(), q - 1);
+        rows(0, q - 1, next.B), rows(1, q - 1, next.C);
       }
-      float terms[4];
+      float adjoint[4], du_of[4];
 #pragma unroll
       for (int k = 3; k >= 0; --k) {
         const int i = 4 * q + k;
@@ -291,23 +293,29 @@ struct StateRun {
           if (lane.starts >> i & 1) through = dh * decayed_start(i, state, s.A);
           if (a.p.constant_B) sums.dB = fmaf(dh, du, sums.dB);
         }
-        terms[k] = dh * du;
+        adjoint[k] = dh, du_of[k] = du;
+        lane.y[i] = fmaf(now.C[k], i + 1 < S::L ? s.input[i + 1 < S::L ? i + 1 : 0] : h, lane.y[i]);
         lane.ddu[i] = fmaf(dh, now.B[k], lane.ddu[i]);
         lane.ddelta[i] = fmaf(s.A, through, lane.ddelta[i]);
         parts[k % 2] = fmaf(delta[k], through, parts[k % 2]);
       }
-      add_channels<kExact>(sums.B, terms, now);
+      const float4 sum = sum_channels<kExact>(adjoint, du_of, columns);
+      if (q + 1 < kQuads) {
+        place.write(1, q + 1, done);
+      } else {
+        place.write(0, q, done);
+      }
+      done = sum;
       now = next;
     }
     dA = parts[0] + parts[1];
+    place.write(1, 0, done);
     if constexpr (kGeneral) {
       if (a.scratch.shared_starts) add_starts(state, s.A, adjoints);
       __syncwarp();
     }
     s.A = A_next, s.P = decay_of(lane.delta_sum, A_next);
   }
-
-  __device__ __forceinline__ static void clear(float (&v)[4]) { v[0] = v[1] = v[2] = v[3] = 0.0f; }
 
   // The decayed initial state that a start at step i takes.
   __device__ __forceinline__ float decayed_start(int i, int state, float A) const {

@@ -203,42 +203,47 @@ struct Bits<2> {
   using type = uint16_t;
 };
 
-// Element by element; neighbouring threads take neighbouring elements in memory. Loads go out in
-// batches, so that their latencies overlap.
+// Element by element; neighbouring threads take neighbouring elements in memory. A thread keeps its
+// place among the inner ones and walks down the outer ones. Loads go out in batches, so that their
+// latencies overlap.
 template <class Layout, bool kTimeInner, int kSize, int kThreads, bool kLoad>
 __device__ __forceinline__ void move_elements(char* tile, char* global, const TileSource& s,
                                               int steps, int channels) {
   using Word = typename Bits<kSize>::type;
-  constexpr int kElements = Layout::kRow * Layout::kSteps;
-  constexpr int kLeast = (kElements + kThreads - 1) / kThreads, kBatch = kLeast < 8 ? kLeast : 8;
-  constexpr int kCount = (kLeast + kBatch - 1) / kBatch * kBatch;
-  constexpr bool kEven = kElements == kCount * kThreads;
-  for (int i0 = 0; i0 < kCount; i0 += kBatch) {
-    Word words[kBatch];
+  constexpr int kInner = kTimeInner ? Layout::kSteps : Layout::kRow;
+  constexpr int kOuter = kTimeInner ? Layout::kRow : Layout::kSteps;
+  constexpr int kWidth = kInner < kThreads ? kInner : kThreads, kRows = kThreads / kWidth;
+  constexpr int kLeast = (kOuter + kRows - 1) / kRows, kBatch = kLeast < 8 ? kLeast : 8;
+  const int first = threadIdx.x / kWidth;
+  if (kThreads % kWidth && first >= kRows) return;
+  const int64_t inner_bytes = (kTimeInner ? s.stride_t : s.stride_c) * kSize;
+  const int64_t outer_bytes = (kTimeInner ? s.stride_c : s.stride_t) * kSize;
+  const int inner_exist = kTimeInner ? steps : channels, exist = kTimeInner ? channels : steps;
+  for (int inner = threadIdx.x % kWidth; inner < kInner; inner += kWidth) {
+    const int rows = inner < inner_exist ? exist : 0;
+    char* from = global + inner * inner_bytes + first * outer_bytes;
+    const auto in_tile = [&](int outer) {
+      return reinterpret_cast<Word*>(tile + Layout::at(TileOrder::kElements, kSize,
+                                                       kTimeInner ? outer : inner,
+                                                       kTimeInner ? inner : outer));
+    };
+    for (int i = first; i < kOuter; i += kBatch * kRows) {
+      Word words[kBatch];
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const int i = threadIdx.x + (i0 + k) * kThreads;
-      const int c = kTimeInner ? i / Layout::kSteps : i % Layout::kRow;
-      const int t = kTimeInner ? i % Layout::kSteps : i / Layout::kRow;
-      char* const in_tile = tile + Layout::at(TileOrder::kElements, kSize, c, t);
-      char* const in_global = global + (c * s.stride_c + t * s.stride_t) * kSize;
-      const bool exists = c < channels && t < steps && (kEven || i < kElements);
-      if constexpr (kLoad) {
-        words[k] = exists ? *reinterpret_cast<const Word*>(in_global) : Word{0};
-      } else {
-        if (exists) {
-          *reinterpret_cast<Word*>(in_global) = *reinterpret_cast<const Word*>(in_tile);
+      for (int k = 0; k < kBatch; ++k, from += kRows * outer_bytes) {
+        const int outer = i + k * kRows;
+        if constexpr (kLoad) {
+          words[k] = outer < rows ? *reinterpret_cast<const Word*>(from) : Word{0};
+        } else if (outer < rows) {
+          *reinterpret_cast<Word*>(from) = *in_tile(outer);
         }
       }
-    }
-    if constexpr (kLoad) {
+      if constexpr (kLoad) {
 #pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const int i = threadIdx.x + (i0 + k) * kThreads;
-        const int c = kTimeInner ? i / Layout::kSteps : i % Layout::kRow;
-        const int t = kTimeInner ? i % Layout::kSteps : i / Layout::kRow;
-        if (!kEven && i >= kElements) break;
-        *reinterpret_cast<Word*>(tile + Layout::at(TileOrder::kElements, kSize, c, t)) = words[k];
+        for (int k = 0; k < kBatch; ++k) {
+          const int outer = i + k * kRows;
+          if (kOuter % (kRows * kBatch) == 0 || outer < kOuter) *in_tile(outer) = words[k];
+        }
       }
     }
   }
