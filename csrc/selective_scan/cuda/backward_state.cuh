@@ -79,8 +79,8 @@ __device__ __forceinline__ void multiply_tf32(float (&d)[4], const uint32_t (&v)
 }
 
 // Of the products x y. The tensor cores cut them off after 11 bits, which is enough for 16-bit
-// results; kExact adds the next 11, what an fma finds beyond them. Then less than 2^-20 of a
-// product is cut off.
+// results; kExact adds the next 11, what an fma finds beyond them. The first part is rounded, so
+// that what is cut off in the end has either sign: it would add up over channels.
 template <bool kExact>
 __device__ __forceinline__ float4 sum_channels(const float (&x)[4], const float (&y)[4],
                                                const Columns& columns) {
@@ -93,8 +93,8 @@ __device__ __forceinline__ float4 sum_channels(const float (&x)[4], const float 
     uint32_t rest[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const float first = __uint_as_float(bits[k] & 0xffffe000u);
-      rest[k] = __float_as_uint(fmaf(x[kStep[k]], y[kStep[k]], -first));
+      bits[k] = (bits[k] + 0x1000u) & 0xffffe000u;
+      rest[k] = __float_as_uint(fmaf(x[kStep[k]], y[kStep[k]], -__uint_as_float(bits[k])));
     }
     multiply_tf32(d, rest, columns);
   }
