@@ -50,6 +50,13 @@ class Layer {
       STD_TORCH_CHECK(t.is_contiguous(), kOp, ": ", name, " must be contiguous");
     };
     const ScalarType dtype = hidden.scalar_type();
+    (void)tensor_arg(kOp, "norm.weight", first_[kNormWeight], {m}, hidden);
+    (void)tensor_arg(kOp, "norm.bias", given(first_[kNormBias]), {m}, hidden);
+    (void)tensor_arg(kOp, "conv_weight", first_[kConvWeight], {s.d, 1, first_[kConvWeight].size(2)},
+                     hidden);
+    (void)tensor_arg(kOp, "conv_bias", given(first_[kConvBias]), {s.d}, hidden);
+    (void)tensor_arg(kOp, "dt_bias", given(first_[kDtBias]), {s.d}, hidden);
+    (void)tensor_arg(kOp, "D", first_[kD], {s.d}, hidden);
     is("in_proj", first_[kInProj], {2 * s.d, m}, dtype);
     is("x_proj", first_[kXProj], {s.rank + 2 * s.n, s.d}, dtype);
     is("dt_proj", first_[kDtProj], {s.d, s.rank}, dtype);
@@ -116,6 +123,8 @@ Tensor prefill_layers(Tensor hidden, std::vector<Tensor> weights, double eps, bo
     taps.push_back(block_taps(kOp, w[kConvWeight]));
     w.check(s, hidden, conv_states[i], ssm_states[i]);
   }
+  (void)tensor_arg(kOp, "norm_f.weight", weights[layers * kLayerWeights], {m}, hidden);
+  (void)tensor_arg(kOp, "norm_f.bias", given(weights[layers * kLayerWeights + 1]), {m}, hidden);
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
   Tensor x = view(contiguous_of(hidden), {b * length, m}, {m, 1});
   const auto norm = [&](const Tensor& rows, OptionalTensor& residual, const Tensor& weight,

@@ -11,6 +11,7 @@ from mamba_ssm.inference import cuda_prefill
 from mamba_ssm.inference.served import check_model, one_look
 from mamba_ssm.modules import mamba_simple
 from mamba_ssm.ops import native
+from mamba_ssm.ops.decode_weights import LAYER_WEIGHTS
 from mamba_ssm.utils.generation import InferenceParams
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -173,9 +174,18 @@ def test_bad_arguments():
         made.prefill(ids[:1], cache)
     with pytest.raises(RuntimeError, match="do not fill a convolution of width"):
         made.prefill(ids[:, :2], cache)
-    made.weights[2] = made.weights[2].half()
-    with pytest.raises(RuntimeError, match="in_proj must be"):
-        made.prefill(ids, cache)
+    last = (
+        len(made.weights) - len(LAYER_WEIGHTS) - 2
+    )  # what the last layer lacks is found first, too
+    for i, bad, message in (
+        (2, made.weights[2].half(), "in_proj must be"),
+        (last + LAYER_WEIGHTS.index("D"), made.weights[last + 10][:-1], "D must have shape"),
+        (-2, made.weights[-2][:-1], "norm_f.weight must have shape"),
+    ):
+        good, made.weights[i] = made.weights[i], bad
+        with pytest.raises(RuntimeError, match=message):
+            made.prefill(ids, cache)
+        made.weights[i] = good
     for i, layer in cache.items():
         assert torch.equal(layer[0], before[i][0]) and torch.equal(layer[1], before[i][1])
 
