@@ -59,7 +59,13 @@ ThreeTensors selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tens
   const DeviceEvents device(call, u, stream);
   check_launch(call.op,
                fill_unused_states_cuda(p, device.events, p.initial_state, p.final_state, stream));
-  check_launch(call.op, scan_forward_cuda(p, device.events, stream));
+  std::optional<Tensor> scratch;
+  if (const int64_t count = scan_forward_scratch(p, device.events)) {
+    scratch = fresh(u, Sizes{count}, ScalarType::Float);
+  }
+  check_launch(call.op,
+               scan_forward_cuda(p, device.events, scratch ? mutable_float_data(*scratch) : nullptr,
+                                 stream));
   return {out, final_state, chunk_states};
 }
 
@@ -138,7 +144,8 @@ void recompute_chunk_states(ScanCall& call, const CudaScanEvents& events, const 
   memory.kept.push_back(empty_like_layout(u));
   forward.out = call.arg("out", memory.kept.back(), {p.batch, p.channels, p.length}, u);
   forward.final_state = memory.scratch({p.num_states, p.channels, p.state_dim});
-  check_launch(call.op, scan_forward_cuda(forward, events, stream));
+  float* const scratch = memory.scratch({scan_forward_scratch(forward, events)});
+  check_launch(call.op, scan_forward_cuda(forward, events, scratch, stream));
 }
 
 // The gradient of the initial state starts as what passes through states without a step.

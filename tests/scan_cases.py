@@ -68,6 +68,7 @@ CASES: dict[str, ScanCase] = {
     "tiles, bf16": replace(_TILES, dtype=torch.bfloat16),
     "tiles, not aligned": replace(_TILES, dtype=torch.bfloat16, length=197),
     "tiles, n=8": replace(_TILES, dtype=torch.float16, n=8),
+    "tiles, n=40": replace(_TILES, dtype=torch.bfloat16, n=40, initial_state=True),
     "tiles, channel last": replace(_TILES, layout="channel last"),
     "tiles, bf16, channel last": replace(_TILES, layout="channel last", dtype=torch.bfloat16),
     "tiles, n=8, channel last": replace(_TILES, layout="channel last", dtype=torch.float16, n=8),

@@ -3,6 +3,8 @@
 // twice: from 0, which gives the affine map of its steps; and, after a shuffle scan of these maps
 // over the lanes of its channel, from the state that enters them. Nothing of size (b, d, l, n)
 // leaves the registers, and every lane of the chip is busy however few channels there are.
+#include <algorithm>
+
 #include "forward_launch.cuh"
 #include "forward_states.cuh"
 
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   using Tile = typename F::Tile;
   extern __shared__ __align__(16) char smem[];
   const typename F::Memory m(a);
-  const Place<S> at = place<S>(a);
+  const Place<S> at = place<S>(a, blockIdx.x);
   __shared__ BlockConstants<S> from;
   from.fill(a, at);
   __syncthreads();
@@ -171,28 +173,67 @@ struct Launch {
   template <class K, bool kGeneral>
   static const char* run(const ForwardArgs& a, cudaStream_t stream) {
     return launch_kernel<scan_forward_kernel<S, K, kGeneral>>(
-        a, S::kThreads, typename Forward<S>::Memory(a).total, stream);
+        a, block_count(a), S::kThreads, typename Forward<S>::Memory(a).total, stream);
   }
 };
 
 template <class S>
 bool wide_fits(const ForwardArgs& a) {
-  int device = 0, processors = 0, memory = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const int64_t blocks = a.p.batch * a.p.groups * a.blocks_per_group;
-  const int fixed = static_cast<int>(sizeof(BlockConstants<S>));
-  return 10 * blocks >= 9 * processors && typename Forward<S>::Memory(a).total + fixed <= memory;
+  const int memory = typename Forward<S>::Memory(a).total + sizeof(BlockConstants<S>);
+  return 10 * block_count(a) >= 9 * processor_count() && memory <= shared_memory_limit();
+}
+
+// The blocks of the kernels in which a lane walks a channel's steps in order.
+int64_t walking_blocks(const ScanParams& p) {
+  constexpr int64_t kChannels = 32;
+  return p.batch * p.groups * ((p.group_channels() + kChannels - 1) / kChannels);
+}
+
+// Blocks share the length of long rows where their channels are too few for the GPU: two passes,
+// the first for the states alone, take less time than its idle part wastes. Not in fp32: over
+// thousands of steps the roundings of a walk's decays add up, those of the kernel below do not.
+Segments segments_of(const ScanParams& p, const CudaScanEvents& events) {
+  constexpr int64_t kLeastLength = 8192, kLeastSteps = 1024, kLeast = 4;
+  Segments segments;
+  if (p.length < kLeastLength || p.u.dtype == DType::kFloat32) return segments;
+  const int64_t blocks = walking_blocks(p), processors = processor_count();
+  const int64_t count = std::min(4 * processors / blocks, p.length / kLeastSteps);
+  if (count < kLeast || !relay_fits(p, events)) return segments;
+  const int64_t tiles = (p.length + kCudaChunk - 1) / kCudaChunk;
+  segments.steps = static_cast<int>((tiles + count - 1) / count * kCudaChunk);
+  segments.count = static_cast<int>((p.length + segments.steps - 1) / segments.steps);
+  return segments;
 }
 
 }  // namespace
 
-const char* scan_forward_cuda(const ScanParams& p, const CudaScanEvents& events,
+int64_t scan_forward_scratch(const ScanParams& p, const CudaScanEvents& events) {
+  if (p.batch * p.channels * p.length == 0) return 0;
+  return (segments_of(p, events).count - 1) * p.batch * p.channels * (p.state_dim + 1);
+}
+
+const char* scan_forward_cuda(const ScanParams& p, const CudaScanEvents& events, float* scratch,
                               void* stream_handle) {
   if (p.batch * p.channels * p.length == 0) return nullptr;
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  if (sequential_fits(p)) return scan_forward_sequential(p, events, stream);
+  Segments segments = segments_of(p, events);
+  if (segments.count > 1) {
+    segments.states = scratch;
+    segments.sums = scratch + (segments.count - 1) * p.batch * p.channels * p.state_dim;
+    if (const char* error = scan_forward_relay(p, segments, false, stream)) return error;
+    return scan_forward_relay(p, segments, true, stream);
+  }
+  if (2 * walking_blocks(p) >= processor_count() || p.length <= 4 * kCudaChunk) {
+    // Over short rows, the time until states have come to the last warp of a relay counts.
+    constexpr int64_t kShort = 512;
+    const char* error = nullptr;
+    const bool relay = relay_fits(p, events);
+    if ((!relay || p.length <= kShort) && try_forward_stream(p, events, relay, stream, &error)) {
+      return error;
+    }
+    if (relay) return scan_forward_relay(p, segments, true, stream);
+    if (sequential_fits(p)) return scan_forward_sequential(p, events, stream);
+  }
   // Twelve warps share the work on B and C, where that leaves no processor without a block.
   using Wide = ScanShape<32, 1, 16, 8, 1, 1, 12>;
   const ForwardArgs wide = forward_args<Wide>(p, events);

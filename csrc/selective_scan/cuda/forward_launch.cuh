@@ -33,14 +33,29 @@ ForwardArgs forward_args(const ScanParams& p, const CudaScanEvents& events) {
   return a;
 }
 
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+inline int processor_count() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int shared_memory_limit() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
 template <auto kKernel>
-const char* launch_kernel(const ForwardArgs& a, int threads, int memory, cudaStream_t stream) {
+const char* launch_kernel(const ForwardArgs& a, int64_t blocks, int threads, int memory,
+                          cudaStream_t stream) {
   cudaError_t error = allow_shared_memory<kKernel>(memory);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int64_t blocks = a.p.batch * a.p.groups * a.blocks_per_group;
   kKernel<<<static_cast<unsigned>(blocks), threads, memory, stream>>>(a);
   error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+inline int64_t block_count(const ForwardArgs& a) {
+  return a.p.batch * a.p.groups * a.blocks_per_group;
 }
 
 template <class K>
@@ -73,8 +88,14 @@ const char* scan_forward_sequential(const ScanParams& p, const CudaScanEvents& e
                                     cudaStream_t stream);
 bool sequential_fits(const ScanParams& p);
 // The same for what is usual: variable B and C, up to 16 states, one order and dtype of all
-// tensors, no seq_idx. Returns false where this is not so.
-bool try_forward_stream(const ScanParams& p, const CudaScanEvents& events, cudaStream_t stream,
-                        const char** error);
+// tensors, no seq_idx. Returns false where this is not so, or with `aligned` where tensors would be
+// copied element by element.
+bool try_forward_stream(const ScanParams& p, const CudaScanEvents& events, bool aligned,
+                        cudaStream_t stream, const char** error);
+// The same for as many states as fit shared memory, and rows of steps that begin anywhere.
+// `output`: whether y is wanted, or what segments make of the states.
+bool relay_fits(const ScanParams& p, const CudaScanEvents& events);
+const char* scan_forward_relay(const ScanParams& p, const Segments& segments, bool output,
+                               cudaStream_t stream);
 
 }  // namespace mamba

@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   __shared__ BlockConstants<Shape> from;
   __shared__ Events<kGeneral> events;
   const Memory m(a);
-  const Place<Shape> at = place<Shape>(a);
+  const Place<Shape> at = place<Shape>(a, blockIdx.x);
   from.fill(a, at);
   __syncthreads();
   const int n = static_cast<int>(a.p.state_dim);
@@ -295,8 +295,8 @@ template <int kPer>
 struct Launch {
   template <class K, bool kGeneral>
   static const char* run(const ForwardArgs& a, cudaStream_t stream) {
-    return launch_kernel<sequential_kernel<K, kGeneral, kPer>>(a, Shape::kThreads, Memory(a).total,
-                                                               stream);
+    return launch_kernel<sequential_kernel<K, kGeneral, kPer>>(a, block_count(a), Shape::kThreads,
+                                                               Memory(a).total, stream);
   }
 };
 
@@ -305,20 +305,12 @@ struct Launch {
 
 bool sequential_fits(const ScanParams& p) {
   using namespace sequential;
-  int device = 0, processors = 0, memory = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const ForwardArgs a = forward_args<Shape>(p, CudaScanEvents());
-  const int64_t blocks = p.batch * p.groups * a.blocks_per_group;
-  return Memory(a).total <= memory && (2 * blocks >= processors || p.length <= 4 * kSteps);
+  return Memory(forward_args<Shape>(p, CudaScanEvents())).total <= shared_memory_limit();
 }
 
 const char* scan_forward_sequential(const ScanParams& p, const CudaScanEvents& events,
                                     cudaStream_t stream) {
   using namespace sequential;
-  const char* error = nullptr;
-  if (try_forward_stream(p, events, stream, &error)) return error;
   const ForwardArgs a = forward_args<Shape>(p, events);
   return p.state_dim <= 2 * kLanes ? launch_for<Launch<2>>(a, stream)
                                    : launch_for<Launch<4>>(a, stream);

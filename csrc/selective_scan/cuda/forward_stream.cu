@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   using P = Plan<K, kPer>;
   extern __shared__ __align__(16) char smem[];
   __shared__ BlockConstants<typename P::Shape> from;
-  const auto at = place<typename P::Shape>(a);
+  const auto at = place<typename P::Shape>(a, blockIdx.x);
   from.fill(a, at);
   __syncthreads();
   const Block<K, kPer> block(a, from, smem, at.channels);
@@ -286,7 +286,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 template <class K, int kPer>
 const char* launch(const ForwardArgs& a, cudaStream_t stream) {
-  return launch_kernel<stream_kernel<K, kPer>>(a, kThreads, Plan<K, kPer>::kTotal, stream);
+  return launch_kernel<stream_kernel<K, kPer>>(a, block_count(a), kThreads, Plan<K, kPer>::kTotal,
+                                               stream);
 }
 
 // The kernels of kTime also serve kElements, which lies in shared memory in the same way.
@@ -301,14 +302,15 @@ bool all_serve(const ForwardArgs& a) {
 }
 
 template <int kPer>
-bool try_launch(const ScanParams& p, const CudaScanEvents& events, cudaStream_t stream,
-                const char** error) {
+bool try_launch(const ScanParams& p, const CudaScanEvents& events, bool aligned,
+                cudaStream_t stream, const char** error) {
   // Tensors may be staged differently by kinds; what matters here is the same for all of them.
   ForwardArgs a = forward_args<ScanShape<8, 2, 8, kLanes * kPer, 1, 3>>(p, events);
   for (const TileSource* s : {&a.u, &a.delta, &a.z, &a.out, &a.B, &a.C}) {
     if (!strides_fit(*s)) return false;
     if (s->data && s->order == TileOrder::kElements) a.aligned = false;
   }
+  if (aligned && !a.aligned) return false;
 #define MAMBA_TRY(dtype, order)                                                           \
   using K##dtype##order =                                                                 \
       TileKind<static_cast<int>(DType::k##dtype), static_cast<int>(TileOrder::k##order)>; \
@@ -326,11 +328,11 @@ bool try_launch(const ScanParams& p, const CudaScanEvents& events, cudaStream_t 
 }  // namespace
 }  // namespace stream
 
-bool try_forward_stream(const ScanParams& p, const CudaScanEvents& events, cudaStream_t stream,
-                        const char** error) {
+bool try_forward_stream(const ScanParams& p, const CudaScanEvents& events, bool aligned,
+                        cudaStream_t stream, const char** error) {
   if (events.before || p.constant_B || p.constant_C || p.state_dim > 16) return false;
-  return p.state_dim <= 8 ? stream::try_launch<2>(p, events, stream, error)
-                          : stream::try_launch<4>(p, events, stream, error);
+  return p.state_dim <= 8 ? stream::try_launch<2>(p, events, aligned, stream, error)
+                          : stream::try_launch<4>(p, events, aligned, stream, error);
 }
 
 }  // namespace mamba

@@ -1,11 +1,21 @@
 // What a block of the forward scan stages in shared memory, and what a lane makes of a tile.
 #pragma once
 
+#include <cfloat>
+
 #include "math.cuh"
 #include "scan.h"
 #include "tile.cuh"
 
 namespace mamba {
+
+// Blocks may share a row's length, in segments of so many steps. Before them, another kernel finds
+// what each segment but the last leaves of no state, (count - 1, b, d, n), and the sums of its time
+// steps, (count - 1, b, d).
+struct Segments {
+  int count = 1, steps = 0;
+  float *states = nullptr, *sums = nullptr;
+};
 
 struct ForwardArgs {
   ScanParams p;
@@ -14,6 +24,7 @@ struct ForwardArgs {
   int64_t group_channels, blocks_per_group;
   bool every_chunk;     // whether all chunk states are kept, or the first alone
   bool aligned = true;  // no tensor is moved element by element
+  Segments segments;
 };
 
 // What a lane keeps over a tile.
@@ -32,10 +43,10 @@ struct Place {
 };
 
 template <class S>
-__device__ __forceinline__ Place<S> place(const ForwardArgs& a) {
+__device__ __forceinline__ Place<S> place(const ForwardArgs& a, int block) {
   Place<S> at;
   const int per_group = static_cast<int>(a.blocks_per_group);
-  const int per_row = static_cast<int>(a.p.groups) * per_group, block = blockIdx.x;
+  const int per_row = static_cast<int>(a.p.groups) * per_group;
   at.row = block / per_row;
   at.group = block % per_row / per_group;
   const int first = block % per_group * S::kChannels;
@@ -62,17 +73,50 @@ struct BlockConstants {
       bias[c] = b.data ? load_float(b.data, b.dtype, channel * b.stride[0]) : 0.0f;
       D[c] = skip.data ? load_float(skip.data, skip.dtype, channel * skip.stride[0]) : 0.0f;
     }
-    if (c == 0) {
-      const auto start = [&](const TileSource& s, int64_t offset) {
-        return s.data + (at.row * s.stride_b + offset) * s.element_size();
-      };
-      u = start(a.u, at.channel * a.u.stride_c),
-      delta = start(a.delta, at.channel * a.delta.stride_c);
-      z = start(a.z, at.channel * a.z.stride_c), out = start(a.out, at.channel * a.out.stride_c);
-      B = start(a.B, at.group * a.p.B.stride[1]), C = start(a.C, at.group * a.p.C.stride[1]);
-    }
+    fill_places(a, at, 0);
+  }
+  // The block begins at `step`.
+  __device__ void fill_places(const ForwardArgs& a, const Place<S>& at, int64_t step) {
+    if (threadIdx.x > 0) return;
+    const auto start = [&](const TileSource& s, int64_t offset) {
+      return s.data + (at.row * s.stride_b + step * s.stride_t + offset) * s.element_size();
+    };
+    u = start(a.u, at.channel * a.u.stride_c);
+    delta = start(a.delta, at.channel * a.delta.stride_c);
+    z = start(a.z, at.channel * a.z.stride_c), out = start(a.out, at.channel * a.out.stride_c);
+    B = start(a.B, at.group * a.p.B.stride[1]), C = start(a.C, at.group * a.p.C.stride[1]);
   }
 };
+
+// Which part of a row a block works on.
+struct Segment {
+  int index, steps;
+  int64_t first;
+
+  __device__ __forceinline__ Segment(const ForwardArgs& a, int which) : index(which) {
+    first = int64_t{which} * a.segments.steps;
+    const int64_t left = a.p.length - first;
+    steps = static_cast<int>(a.segments.count > 1 ? min(left, int64_t{a.segments.steps}) : left);
+  }
+};
+
+// The entering state of a segment from that of the row; `row`: of (b, d). A in the base of
+// fast_exp2.
+template <int N>
+__device__ __forceinline__ void enter_segment(const ForwardArgs& a, const Segment& segment,
+                                              int64_t row, int first, const float (&A)[N],
+                                              float (&state)[N]) {
+  const int64_t rows = a.p.batch * a.p.channels, n = a.p.state_dim;
+  for (int k = 0; k < segment.index; ++k) {
+    const float sum = a.segments.sums[k * rows + row];
+    const float* const left = a.segments.states + (k * rows + row) * n + first;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float add = first + i < n ? left[i] : 0.0f;
+      state[i] = fmaf(fminf(decay_of(sum, A[i]), FLT_MAX), state[i], add);
+    }
+  }
+}
 
 // delta, delta * u and the skip D * u of the lane's steps; steps that do not exist or are padding
 // get delta = 0, which leaves the state as it is.

@@ -30,6 +30,9 @@ const char* scan_events_cuda(const ScanParams& p, int* before, int* after, long 
 const char* fill_unused_states_cuda(const ScanParams& p, const CudaScanEvents& events,
                                     const float* from, float* to, void* stream);
 
-const char* scan_forward_cuda(const ScanParams& p, const CudaScanEvents& events, void* stream);
+// `scratch`: as many floats as scan_forward_scratch says.
+int64_t scan_forward_scratch(const ScanParams& p, const CudaScanEvents& events);
+const char* scan_forward_cuda(const ScanParams& p, const CudaScanEvents& events, float* scratch,
+                              void* stream);
 
 }  // namespace mamba
