@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mamba_ssm.inference import cpu_decoder
+from mamba_ssm.inference import cpu_decoder, is_quantized
 from mamba_ssm.models.config_mamba import MambaConfig
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 from mamba_ssm.ops import native
@@ -68,13 +68,31 @@ def fused_step(model, ids, cache):
 
 def oracle_step(model, ids, cache):
     """The same in fp64 by the modules: (logits, cache)."""
-    wide = make_like(model).double().to(ids.device)
+    wide = dequantized(model) if is_quantized(model) else make_like(model).double()
+    wide = wide.to(ids.device)
     with torch.no_grad():
         for block in wide.backbone.layers:
             block.residual_in_fp32 = block.fused_add_norm = False
         wide.backbone.residual_in_fp32 = wide.backbone.fused_add_norm = False
     cache = {i: tuple(t.double() for t in layer) for i, layer in cache.items()}
     return module_step(wide, ids, cache), cache
+
+
+def dequantized(model):
+    """A float twin, in fp64, of a model with int8 weights."""
+    twin = MambaLMHeadModel(model.config).eval().double()
+    state = {}
+    for name, value in model.state_dict().items():
+        if name.endswith(".quantized"):
+            scales = model.state_dict()[name.replace(".quantized", ".scales")].double()
+            groups = value.double().unflatten(1, (scales.shape[1], -1))
+            state[name.replace(".quantized", ".weight")] = (groups * scales[..., None]).flatten(1)
+        elif not name.endswith(".scales"):
+            state[name] = value
+    twin.tie_weights = lambda: None
+    twin.lm_head.weight = torch.nn.Parameter(twin.lm_head.weight.detach().clone())  # untied
+    twin.load_state_dict(state)
+    return twin
 
 
 def make_like(model):

@@ -1,8 +1,9 @@
 """int8 weights: a quarter of fp32's memory and traffic, for inference only.
 
 Weights are rounded to the nearest of 255 steps, each output channel (or group of inputs of one)
-with a scale of its own; activations stay as they are. On a CPU, `generate` streams the int8 weights
-themselves; every other call multiplies with them a few rows at a time as floats.
+with a scale of its own; activations stay as they are. On a CPU, and for one row on a GPU of compute
+capability 9.0, `generate` streams the int8 weights themselves; every other call multiplies with
+them as floats, a few rows at a time on a CPU and a layer at a time on a GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from mamba_ssm.modules.sequence_args import is_plain
 from mamba_ssm.ops.linear import linear
 
 SCHEMES = ("int8",)
-# Weights in memory as floats at a time: they should stay in a cache.
+# Weights in memory as floats at a time: on a CPU they should stay in a cache, a GPU should have
+# enough to do.
 _MAX_FLOATS = 1 << 20
+_MAX_FLOATS_GPU = 1 << 26
 _LARGEST = 127
 
 
@@ -35,7 +38,8 @@ def quantize_weight(weight: Tensor, group_size: int | None = None) -> tuple[Tens
     largest = groups.abs().amax(dim=-1, keepdim=True)
     if not bool(largest.isfinite().all()):
         raise ValueError("weights that are infinite or NaN cannot be turned into int8")
-    scales = largest / _LARGEST
+    # By a tensor: by a number a GPU multiplies with the reciprocal, which rounds otherwise.
+    scales = largest / torch.full_like(largest, _LARGEST)
     rounded = torch.round(groups / torch.where(scales > 0, scales, torch.ones_like(scales)))
     return rounded.to(torch.int8).reshape(out, inputs), scales.squeeze(-1).contiguous()
 
@@ -63,8 +67,12 @@ class Int8Linear(nn.Module):
             # Small integers are exact in bf16 and fp32, so scaling can wait; sums of unscaled
             # products could overflow in fp16.
             return linear(x, quantized.to(x.dtype)) * scales.squeeze(1).to(x.dtype)
-        groups = quantized.unflatten(1, (scales.shape[1], -1)).float()
-        return linear(x, (groups * scales.unsqueeze(-1)).flatten(1).to(x.dtype))
+        groups = quantized.unflatten(1, (scales.shape[1], -1))
+        # Multiplied as fp32, and rounded in the same kernel.
+        weight = torch.mul(
+            groups, scales.unsqueeze(-1), out=scales.new_empty(groups.shape, dtype=x.dtype)
+        )
+        return linear(x, weight.flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_features) → (…, out_features)."""
@@ -73,7 +81,8 @@ class Int8Linear(nn.Module):
                 "int8 weights cannot be trained: call the model under torch.no_grad() or "
                 "torch.inference_mode(), or load it again without quantize_"
             )
-        step = max(1, _MAX_FLOATS // self.in_features)
+        most = _MAX_FLOATS_GPU if x.is_cuda else _MAX_FLOATS
+        step = max(1, most // self.in_features)
         starts = range(0, self.out_features, step)
         outs = [self._rows(x, slice(i, i + step)) for i in starts]
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
