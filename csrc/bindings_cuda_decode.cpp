@@ -9,6 +9,9 @@ namespace {
 constexpr const char* kOp = "_decode_step_weights";
 // The order in which ops/schema.py lists a layer's weights.
 constexpr int64_t kLayerWeights = 13, kTailWeights = 3;
+// Of int8 weights there are scales as well, in a list of their own: of in_proj, x_proj and out_proj
+// of each layer, and of lm_head.
+constexpr int64_t kLayerScales = 3, kTailScales = 1;
 
 // The weights one after the other, each checked before its address is taken.
 class WeightReader {
@@ -44,6 +47,12 @@ class WeightReader {
                     " must start at a multiple of 16 bytes");
   }
 
+  // The scales of a weight's outputs; null if there are none.
+  const float* take_scales(const char* name, int64_t outputs) {
+    if (weights_.empty()) return nullptr;
+    return static_cast<const float*>(take(name, {outputs, 1}, false, ScalarType::Float));
+  }
+
   // The dtype of the weight `ahead` places from here.
   ScalarType dtype_at(int64_t ahead) const { return weights_[next_ + ahead].scalar_type(); }
 
@@ -74,21 +83,24 @@ void read_sizes(DecodeCudaSizes& s, const Tensor& ids, const Tensor& embedding,
 }
 
 // Shapes, dtypes and addresses of one layer.
-void read_layer(WeightReader& in, const DecodeCudaSizes& s, ScalarType A_dtype, ScalarType D_dtype,
-                DecodeLayerArgs& a) {
+void read_layer(WeightReader& in, WeightReader& scales, const DecodeCudaSizes& s, ScalarType large,
+                ScalarType A_dtype, ScalarType D_dtype, DecodeLayerArgs& a) {
   a.norm_weight = in.take("norm.weight", {s.d_model});
   a.norm_bias = in.take("norm.bias", {s.d_model}, true);
-  a.in_proj = in.take("in_proj.weight", {2 * s.d_inner, s.d_model});
+  a.in_proj = in.take("in_proj.weight", {2 * s.d_inner, s.d_model}, false, large);
   a.in_bias = in.take("in_proj.bias", {2 * s.d_inner}, true);
   a.conv_weight = in.take("conv1d.weight", {s.d_inner, 1, s.d_conv});
   a.conv_bias = in.take("conv1d.bias", {s.d_inner}, true);
-  a.x_proj = in.take("x_proj.weight", {s.projected, s.d_inner});
+  a.x_proj = in.take("x_proj.weight", {s.projected, s.d_inner}, false, large);
   a.dt_proj = in.take("dt_proj.weight", {s.d_inner, s.dt_rank});
   a.dt_bias = in.take("dt_proj.bias", {s.d_inner}, true);
   a.A_log = in.take("A_log", {s.d_inner, s.d_state}, false, A_dtype);
   a.D = in.take("D", {s.d_inner}, false, D_dtype);
-  a.out_proj = in.take("out_proj.weight", {s.d_model, s.d_inner});
+  a.out_proj = in.take("out_proj.weight", {s.d_model, s.d_inner}, false, large);
   a.out_bias = in.take("out_proj.bias", {s.d_model}, true);
+  a.in_scales = scales.take_scales("in_proj's scales", 2 * s.d_inner);
+  a.x_scales = scales.take_scales("x_proj's scales", s.projected);
+  a.out_scales = scales.take_scales("out_proj's scales", s.d_model);
 }
 
 void* read_state(const WeightReader& in, const char* name, const Tensor& t,
@@ -102,8 +114,8 @@ void* read_state(const WeightReader& in, const char* name, const Tensor& t,
 }
 
 DecodeCudaParams read_params(const Tensor& ids, const Tensor& embedding,
-                             const std::vector<Tensor>& weights, const std::vector<Tensor>& conv,
-                             const std::vector<Tensor>& ssm) {
+                             const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
+                             const std::vector<Tensor>& conv, const std::vector<Tensor>& ssm) {
   check_dim(kOp, "ids", ids, 1, "(batch,)");
   check_dim(kOp, "embedding", embedding, 2, "(vocab, d_model)");
   const auto layers = static_cast<int64_t>(conv.size());
@@ -112,13 +124,19 @@ DecodeCudaParams read_params(const Tensor& ids, const Tensor& embedding,
                   kOp, ": ", conv.size(), " conv_states need as many ssm_states and ",
                   layers * kLayerWeights + kTailWeights, " weights, got ", ssm.size(), " and ",
                   weights.size());
+  STD_TORCH_CHECK(
+      scales.empty() || static_cast<int64_t>(scales.size()) == layers * kLayerScales + kTailScales,
+      kOp, ": int8 weights of ", layers, " layers have ", layers * kLayerScales + kTailScales,
+      " scales, got ", scales.size());
   DecodeCudaParams p;
   DecodeCudaSizes& s = p.size;
   s.layers = static_cast<int>(layers);
+  s.int8 = !scales.empty();
   read_sizes(s, ids, embedding, weights, conv[0], ssm[0]);
   const std::string reason = decode_plan(s, embedding.get_device_index(), p.plan);
   STD_TORCH_CHECK(reason.empty(), kOp, ": the fused step does not serve this call: ", reason);
-  WeightReader in(weights, embedding);
+  WeightReader in(weights, embedding), scale_reader(scales, embedding);
+  const ScalarType large = s.int8 ? ScalarType::Char : embedding.scalar_type();
   in.check_place("embedding", embedding);
   STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long, kOp, ": ids must be int64");
   STD_TORCH_CHECK(ids.is_contiguous() && ids.is_cuda() &&
@@ -131,7 +149,7 @@ DecodeCudaParams read_params(const Tensor& ids, const Tensor& embedding,
   p.ssm_dtype = dtype_of(kOp, "ssm_states", ssm[0]);
   for (int64_t i = 0; i < layers; ++i) {
     DecodeLayerArgs& a = p.layer[i];
-    read_layer(in, s, A_dtype, D_dtype, a);
+    read_layer(in, scale_reader, s, large, A_dtype, D_dtype, a);
     const auto at = static_cast<size_t>(i);
     a.conv_state = read_state(in, "conv_states", conv[at], {s.batch, s.d_inner, s.d_conv},
                               conv[0].scalar_type());
@@ -140,7 +158,8 @@ DecodeCudaParams read_params(const Tensor& ids, const Tensor& embedding,
   }
   p.norm_weight = in.take("norm_f.weight", {s.d_model});
   p.norm_bias = in.take("norm_f.bias", {s.d_model}, true);
-  p.lm_head = in.take("lm_head.weight", {s.vocab, s.d_model});
+  p.lm_head = in.take("lm_head.weight", {s.vocab, s.d_model}, false, large);
+  p.head_scales = scale_reader.take_scales("lm_head's scales", s.vocab);
   p.ids = static_cast<const int64_t*>(ids.data_ptr());
   p.embedding = embedding.data_ptr();
   return p;
@@ -161,10 +180,10 @@ bool layers_alike(const DecodeCudaParams& p) {
   return same(a.norm_bias, p.norm_bias);
 }
 
-Tensor decode(Tensor ids, Tensor embedding, std::vector<Tensor> weights, double eps,
-              bool is_rms_norm, ScalarType residual_dtype, std::vector<Tensor> conv_states,
-              std::vector<Tensor> ssm_states) {
-  DecodeCudaParams p = read_params(ids, embedding, weights, conv_states, ssm_states);
+Tensor decode(Tensor ids, Tensor embedding, std::vector<Tensor> weights, std::vector<Tensor> scales,
+              double eps, bool is_rms_norm, ScalarType residual_dtype,
+              std::vector<Tensor> conv_states, std::vector<Tensor> ssm_states) {
+  DecodeCudaParams p = read_params(ids, embedding, weights, scales, conv_states, ssm_states);
   const DecodeCudaSizes& s = p.size;
   p.eps = static_cast<float>(eps);
   p.is_rms_norm = is_rms_norm;
@@ -180,6 +199,8 @@ Tensor decode(Tensor ids, Tensor embedding, std::vector<Tensor> weights, double 
     return at;
   };
   p.plan.one_row = p.plan.one_row && layers_alike(p);
+  STD_TORCH_CHECK(p.plan.one_row || !s.int8, kOp,
+                  ": int8 weights need layers that all have the same biases");
   if (p.plan.one_row) {
     Tensor words = new_floats(embedding, {2 * p.plan.words});
     Tensor logits = fresh(embedding, {1, s.vocab});
@@ -210,12 +231,14 @@ Tensor decode(Tensor ids, Tensor embedding, std::vector<Tensor> weights, double 
 }  // namespace mamba
 
 // Null if the fused step serves these sizes on the device, else why it does not. `dtype` is 0 for
-// fp32, 1 for fp16, 2 for bf16. The text lives until the thread's next call.
+// fp32, 1 for fp16, 2 for bf16; `int8` is 1 for int8 weights. The text lives until the thread's
+// next call.
 extern "C" __attribute__((visibility("default"))) const char* mamba_ssm_decode_refusal(
-    int device, int dtype, int batch, int layers, int d_model, int d_inner, int d_state, int d_conv,
-    int dt_rank) {
+    int device, int dtype, int int8, int batch, int layers, int d_model, int d_inner, int d_state,
+    int d_conv, int dt_rank) {
   mamba::DecodeCudaSizes s;
   s.dtype = static_cast<mamba::DType>(dtype);
+  s.int8 = int8 != 0;
   s.batch = batch, s.layers = layers, s.d_model = d_model, s.d_inner = d_inner;
   s.d_state = d_state, s.d_conv = d_conv, s.dt_rank = dt_rank, s.vocab = 1;
   s.projected = dt_rank + 2 * d_state;

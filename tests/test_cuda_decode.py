@@ -86,14 +86,17 @@ def test_reference_equals_modules(changes):
             )
 
 
-def test_op_is_registered_properly():
+@pytest.mark.parametrize("int8", [False, True])
+def test_op_is_registered_properly(int8):
     model = make_model()
+    if int8:
+        model.quantize_("int8")
     decoder = cuda_decoder.CudaDecoder(model)
     cache = random_cache(model, 2)
     conv, ssm = ([cache[i][part] for i in range(3)] for part in (0, 1))
     args = (
-        ids_for(2, 77), decoder.embedding, decoder.weights, decoder.eps, decoder.is_rms_norm,
-        decoder.residual_dtype, conv, ssm,
+        ids_for(2, 77), decoder.embedding, decoder.weights, decoder.scales, decoder.eps,
+        decoder.is_rms_norm, decoder.residual_dtype, conv, ssm,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.mamba_ssm._decode_step_weights.default, args)
 

@@ -47,6 +47,7 @@ STEPS = [
     ({"d_model": 264, "vocab_size": 301, "rms_norm": False}, 1),
     ({"ssm_cfg": {"d_state": 33, "d_conv": 3, "bias": True, "dt_rank": 7, "conv_bias": False}}, 1),
 ]
+INT8_STEPS = [({"d_model": 48}, 1), ({"d_model": 272, "rms_norm": False, "vocab_size": 301}, 1)]
 
 
 def _run(name: str, call: Callable[..., Tensor | tuple], inputs: dict) -> None:
@@ -168,10 +169,14 @@ def _decoding() -> None:
 @torch.no_grad()
 def _decode_steps() -> None:
     for dtype in (*DTYPES, torch.float16):
-        for changes, batch in STEPS:
+        int8_steps = INT8_STEPS if dtype != torch.float32 else []
+        for changes, batch in STEPS + int8_steps:
             sizes = {"d_model": 40, "n_layer": 2, "vocab_size": 77, "pad_vocab_size_multiple": 1}
             model = MambaLMHeadModel(MambaConfig(**sizes | changes), device="cuda", dtype=dtype)
             name = f"decode step, {dtype}, {changes}, {batch} rows"
+            if (changes, batch) in int8_steps:
+                model.quantize_("int8")
+                name += ", int8"
             decoder = cuda_decoder.decoder_for(model.eval(), batch)
             if decoder is None:
                 raise SystemExit(f"{name}: {cuda_decoder.why_not(model, batch)}")

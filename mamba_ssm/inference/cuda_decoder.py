@@ -1,8 +1,8 @@
 """Decoding on a GPU: one native call for each token, from the model's own weights.
 
 `generate` uses it by itself where it applies, and the model's modules where it does not
-(:func:`why_not` says why). The weights are read where they are, so nothing is copied and nothing
-can go stale: a step made for other weights is a step of another model.
+(:func:`why_not` says why). The weights, int8 ones too, are read where they are, so nothing is
+copied and nothing can go stale: a step made for other weights is a step of another model.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_ssm.inference.int8 import Int8Linear
 from mamba_ssm.inference.served import NotServed, check_model, check_process
 from mamba_ssm.ops import backend
+from mamba_ssm.ops.decode_weights import LAYER_INT8, TAIL_INT8
 
 _OP = "_decode_step_weights"
+
+
+def _matrix(linear: nn.Module) -> Tensor:
+    return linear.quantized if isinstance(linear, Int8Linear) else linear.weight
 
 
 def layer_weights(block: nn.Module) -> list[Tensor | None]:
@@ -24,18 +30,44 @@ def layer_weights(block: nn.Module) -> list[Tensor | None]:
     return [
         block.norm.weight,
         block.norm.bias,
-        mixer.in_proj.weight,
+        _matrix(mixer.in_proj),
         mixer.in_proj.bias,
         mixer.conv1d.weight,
         mixer.conv1d.bias,
-        mixer.x_proj.weight,
+        _matrix(mixer.x_proj),
         mixer.dt_proj.weight,
         mixer.dt_proj.bias,
         mixer.A_log,
         mixer.D,
-        mixer.out_proj.weight,
+        _matrix(mixer.out_proj),
         mixer.out_proj.bias,
     ]
+
+
+def _int8_layers(model: nn.Module) -> list[Int8Linear]:
+    """As ``ops.decode_weights`` lists their scales; none, or NotServed is raised for a mixture."""
+    # Past Module.__getattr__: the host's time counts.
+    parts = [block.mixer._modules for block in model.backbone.layers]
+    layers = [modules[name] for modules in parts for name in LAYER_INT8]
+    layers += [model._modules[name] for name in TAIL_INT8]
+    int8 = [layer for layer in layers if isinstance(layer, Int8Linear)]
+    if int8 and len(int8) < len(layers):
+        raise NotServed("some of the large weights are int8, others are not")
+    return int8
+
+
+def _check_int8(model: nn.Module) -> bool:
+    """Whether the large weights are int8. Raises NotServed if the step does not know such ones."""
+    int8 = _int8_layers(model)
+    if not int8:
+        return False
+    if any(layer.scales.shape[1] > 1 for layer in int8):
+        raise NotServed("int8 weights have scales of groups")
+    # One row's kernel takes layers that are alike.
+    have = {tuple(t is None for t in layer_weights(block)) for block in model.backbone.layers}
+    if len(have) > 1:
+        raise NotServed("some layers of int8 weights have biases that others lack")
+    return True
 
 
 def _check_sizes(model: nn.Module, tensors: list[Tensor], batch_size: int) -> None:
@@ -54,13 +86,14 @@ def _check_sizes(model: nn.Module, tensors: list[Tensor], batch_size: int) -> No
     if model.lm_head.bias is not None:
         raise NotServed("lm_head has a bias")
     weight, mixer = backbone.embedding.weight, mixers[0]
-    if model.lm_head.weight.shape != weight.shape:
+    if _matrix(model.lm_head).shape != weight.shape:
         raise NotServed("lm_head and the embedding have different shapes")
     if mixer.D.dim() != 1:
         raise NotServed("D is not one number for each channel")
     reason = backend.why_not_decode(
         weight.device,
         weight.dtype,
+        _check_int8(model),
         batch_size,
         len(mixers),
         weight.shape[1],
@@ -81,8 +114,9 @@ class CudaDecoder:
         self.embedding = backbone.embedding.weight.detach()
         absent = self.embedding.new_empty(0)
         tensors = [t for block in backbone.layers for t in layer_weights(block)]
-        tensors += [backbone.norm_f.weight, backbone.norm_f.bias, model.lm_head.weight]
+        tensors += [backbone.norm_f.weight, backbone.norm_f.bias, _matrix(model.lm_head)]
         self.weights = [absent if t is None else t.detach() for t in tensors]
+        self.scales = [layer.scales for layer in _int8_layers(model)]
         self.n_layer = len(backbone.layers)
         self.eps = backbone.norm_f.eps
         self.is_rms_norm = not isinstance(backbone.norm_f, nn.LayerNorm)
@@ -104,8 +138,8 @@ class CudaDecoder:
         layers = [caches[i] for i in range(self.n_layer)]
         conv, ssm = [layer[0] for layer in layers], [layer[1] for layer in layers]
         return self._step(
-            ids, self.embedding, self.weights, self.eps, self.is_rms_norm, self.residual_dtype,
-            conv, ssm,
+            ids, self.embedding, self.weights, self.scales, self.eps, self.is_rms_norm,
+            self.residual_dtype, conv, ssm,
         )  # fmt: skip
 
 
@@ -115,7 +149,7 @@ def why_not(model: nn.Module, batch_size: int = 1) -> str | None:
         return "gradients are enabled"
     try:
         check_process(_OP, "cuda")
-        _check_sizes(model, check_model(model, "cuda", with_int8=False), batch_size)
+        _check_sizes(model, check_model(model, "cuda", with_int8=True), batch_size)
     except NotServed as reason:
         return str(reason)
     return None
@@ -128,7 +162,7 @@ def is_served(model: nn.Module) -> bool:
     """
     try:
         check_process(_OP, "cuda")
-        check_model(model, "cuda", with_int8=False)
+        check_model(model, "cuda", with_int8=True)
     except (NotServed, AttributeError):
         return False
     return True

@@ -21,11 +21,11 @@ class FusedDecoding:
         """What `generate` steps with: step(ids (b,), caches) -> logits (b, V), or None; on a CPU
         ``step.choose`` also takes the next tokens.
 
-        On a GPU the fused step reads the model's weights where they are, for up to 8 rows. On a
-        CPU it reads packed weights, made at the first call and again after the weights changed:
-        until ``release_inference_packs`` or ``train`` they double the weights' memory. None where
-        the modules have to be used; ``why_not`` of ``mamba_ssm.inference.cpu_decoder`` or
-        ``.cuda_decoder`` says why.
+        On a GPU the fused step reads the model's weights where they are, for up to 8 rows, int8
+        ones for one row. On a CPU it reads packed weights, made at the first call and again after
+        the weights changed: until ``release_inference_packs`` or ``train`` they double the weights'
+        memory. None where the modules have to be used; ``why_not`` of
+        ``mamba_ssm.inference.cpu_decoder`` or ``.cuda_decoder`` says why.
         """
         if self.backbone.embedding.weight.is_cuda:
             decoder = cuda_decoder.decoder_for(self, batch_size)

@@ -117,10 +117,10 @@ def why_not_native(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def why_not_decode(device: torch.device, dtype: torch.dtype, *sizes: int) -> str | None:
+def why_not_decode(device: torch.device, dtype: torch.dtype, int8: bool, *sizes: int) -> str | None:
     """Why a loaded CUDA library's fused decode step does not serve these sizes on a GPU, or None:
     see ``native.decode_refusal``."""
-    return native.decode_refusal(device.index or 0, dtype, *sizes)
+    return native.decode_refusal(device.index or 0, dtype, int8, *sizes)
 
 
 def warn_once(key: str, message: str) -> None:

@@ -198,15 +198,16 @@ _DECODE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @functools.cache
-def decode_refusal(device_index: int, dtype: torch.dtype, *sizes: int) -> str | None:
+def decode_refusal(device_index: int, dtype: torch.dtype, int8: bool, *sizes: int) -> str | None:
     """Why the CUDA library's fused decode step does not serve a call, or None when it does.
 
-    ``sizes``: batch, layers, d_model, d_inner, d_state, d_conv, dt_rank. The library must be
-    loaded, and ``dtype`` be fp32, fp16 or bf16.
+    ``int8``: whether the large weights are. ``sizes``: batch, layers, d_model, d_inner, d_state,
+    d_conv, dt_rank. The library must be loaded, and ``dtype`` be fp32, fp16 or bf16.
     """
     library = ctypes.CDLL(str(library_path("cuda")))
-    library.mamba_ssm_decode_refusal.restype = ctypes.c_char_p
-    reason = library.mamba_ssm_decode_refusal(device_index, _DECODE_DTYPES[dtype], *sizes)
+    refusal = library.mamba_ssm_decode_refusal
+    refusal.restype = ctypes.c_char_p
+    reason = refusal(device_index, _DECODE_DTYPES[dtype], int(int8), *sizes)
     return None if reason is None else reason.decode()
 
 

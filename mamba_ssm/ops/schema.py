@@ -161,7 +161,7 @@ def _decode_step_fake(ids, embedding, pack, layout, conv_states, ssm_states):
 
 
 def _decode_step_weights_fake(
-    ids, embedding, weights, eps, is_rms_norm, residual_dtype, conv_states, ssm_states
+    ids, embedding, weights, scales, eps, is_rms_norm, residual_dtype, conv_states, ssm_states
 ):
     return embedding.new_empty((ids.shape[0], weights[-1].shape[0]))
 
@@ -348,10 +348,11 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         "_decode_step_weights",
-        "(Tensor ids, Tensor embedding, Tensor[] weights, float eps, bool is_rms_norm, "
-        "ScalarType residual_dtype, Tensor(a!)[] conv_states, Tensor(b!)[] ssm_states) -> Tensor",
-        "_decode_step from the model's own weights, as ops/decode_weights.py lists them: ids (b,) "
-        "-> logits (b, vocab)",
+        "(Tensor ids, Tensor embedding, Tensor[] weights, Tensor[] scales, float eps, "
+        "bool is_rms_norm, ScalarType residual_dtype, Tensor(a!)[] conv_states, "
+        "Tensor(b!)[] ssm_states) -> Tensor",
+        "_decode_step from the model's own weights and int8 ones' scales, as ops/decode_weights.py "
+        "lists them: ids (b,) -> logits (b, vocab)",
         _ref_decode.decode_step_weights,
         _decode_step_weights_fake,
     ),

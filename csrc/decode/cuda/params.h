@@ -11,7 +11,8 @@ constexpr int kMaxDecodeBatch = 8;
 constexpr int kMaxDecodeConv = 4;
 
 // One layer. Linear weights are (out, in), rows contiguous, in the weights' dtype like every other
-// tensor except A_log, D and the states.
+// tensor except A_log, D and the states. in_proj, x_proj, out_proj and lm_head may be int8 instead,
+// with an fp32 scale for each output.
 struct DecodeLayerArgs {
   const void *norm_weight, *norm_bias;  // biases may be null
   const void *in_proj, *in_bias;
@@ -21,6 +22,7 @@ struct DecodeLayerArgs {
   const void *A_log, *D;
   const void *out_proj, *out_bias;
   void *conv_state, *ssm_state;  // (batch, d_inner, d_conv) and (batch, d_inner, d_state)
+  const float *in_scales, *x_scales, *out_scales;  // null unless weights are int8
 };
 
 struct DecodeCudaSizes {
@@ -28,6 +30,10 @@ struct DecodeCudaSizes {
   int projected = 0;  // outputs of x_proj: dt_rank + 2 d_state
   int batch = 0;
   DType dtype = DType::kFloat32;
+  bool int8 = false;  // the large linear weights
+
+  int element() const { return dtype == DType::kFloat32 ? 4 : 2; }
+  int weight_element() const { return int8 ? 1 : element(); }  // of the large linear weights
 };
 
 // How the work is cut; decode_plan chooses it by the sizes and the device.
@@ -54,6 +60,7 @@ struct DecodeCudaParams {
   const void* embedding = nullptr;                          // (vocab, d_model)
   const void *norm_weight = nullptr, *norm_bias = nullptr;  // of the last norm
   const void* lm_head = nullptr;                            // (vocab, d_model)
+  const float* head_scales = nullptr;                       // of an int8 lm_head
   void* logits = nullptr;                                   // (batch, vocab)
   // Scratch: arrivals at the grid's barriers (zeroed), the residual stream, what the layers pass
   // on.

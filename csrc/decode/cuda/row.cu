@@ -14,8 +14,10 @@ namespace mamba {
 namespace {
 
 using decode::kChannelGroup;
+using decode::kLanesInt8Log2;
 using decode::kMaxSlots;
 using decode::kMaxVectors;
+using decode::kMaxVectorsInt8;
 using decode::kRowBlock;
 using decode::kRowThreads;
 using decode::kRowWarps;
@@ -26,7 +28,7 @@ using decode::RowLayout;
 using decode::RowWords;
 using decode::SmallLayout;
 
-template <typename T, bool kUsual>
+template <typename T, typename W, bool kUsual>
 __global__ void __launch_bounds__(kRowBlock, 1)
     decode_row_kernel(const __grid_constant__ DecodeCudaParams p,
                       const __grid_constant__ RowLayout r) {
@@ -42,32 +44,34 @@ __global__ void __launch_bounds__(kRowBlock, 1)
   if (warp == kRowWarps) {
     if (threadIdx.x % 32 == 0) decode::fetch_weights(p, r, shared, shares, barriers);
   } else if (warp > kRowWarps) {
-    decode::SmallFetcher(p, r, shared, shares.channels, barriers).run();
+    decode::SmallFetcher(p, r, shared, shares, barriers).run();
   } else {
-    decode::RowStep<T, kUsual>(p, r, shared, shares, barriers).run();
+    decode::RowStep<T, W, kUsual>(p, r, shared, shares, barriers).run();
   }
 #endif
 }
 
 int size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-constexpr int kSlotBytes = 20480;  // a row at least
+constexpr int kSlotBytes = 20480;
 
 // Chooses the cut of a weight of `rows` rows of a block for which warps take the fewest turns;
 // false if there is none.
-bool cut(int64_t row_bytes, int rows, int slot_bytes, Product& product) {
+bool cut(int64_t row_bytes, int rows, int slot_bytes, bool int8, Product& product) {
   const int row_vectors = static_cast<int>(row_bytes / 16);
+  const int max_vectors = int8 ? kMaxVectorsInt8 : kMaxVectors;
+  // Instructions for 16 bytes, for the rest of a turn, for the inputs.
+  const int multiplying = int8 ? 34 : 20, rest = int8 ? 40 : 16, loading = int8 ? 4 : 8;
   int64_t least = -1;
   for (int lanes_log2 : {3, 4, 5}) {
     const int lanes = 1 << lanes_log2, height = 32 / lanes;
-    if (row_bytes * height > slot_bytes) continue;
-    for (int vectors = 1; vectors <= kMaxVectors; ++vectors) {
+    if (row_bytes * height > slot_bytes || (int8 && lanes_log2 != kLanesInt8Log2)) continue;
+    for (int vectors = 1; vectors <= max_vectors; ++vectors) {
       const int pieces = (row_vectors + lanes * vectors - 1) / (lanes * vectors);
       if (pieces > kRowWarps) continue;
       const int teams = kRowWarps / pieces, tuples = (rows + height - 1) / height;
-      // Instructions for 16 bytes, for the rest of a turn, for the inputs.
-      const int64_t cost =
-          int64_t{(tuples + teams - 1) / teams} * (20 * vectors + 16) + 8 * vectors;
+      const int64_t cost = int64_t{(tuples + teams - 1) / teams} * (multiplying * vectors + rest) +
+                           loading * vectors;
       if (least >= 0 && cost >= least) continue;
       least = cost;
       const int fit = slot_bytes / static_cast<int>(row_bytes * height);
@@ -96,9 +100,10 @@ class Places {
   int64_t used_ = 0;
 };
 
-void lay_out_smalls(const DecodeCudaParams& p, int channels, RowLayout& r, Places& places) {
+void lay_out_smalls(const DecodeCudaParams& p, int channels, int rows, RowLayout& r,
+                    Places& places) {
   const DecodeCudaSizes& s = p.size;
-  const int e = size_of(s.dtype);
+  const int e = s.element();
   const auto all = SmallLayout::kAll, of_channels = SmallLayout::kChannels;
   const SmallLayout smalls[kSmalls] = {
       {0, all, e * s.d_model, 0, 0},
@@ -108,15 +113,20 @@ void lay_out_smalls(const DecodeCudaParams& p, int channels, RowLayout& r, Place
       {4, of_channels, e * s.d_conv, 0, 0},
       {5, of_channels, e, 0, 0},
       {13, of_channels, size_of(p.conv_dtype) * s.d_conv, 0, 0},
+      {15, of_channels, 4, 0, 0},
+      {15, of_channels, 4, 0, int64_t{4} * s.d_inner},
+      {16, all, 4 * s.projected, 0, 0},
       {7, of_channels, e * s.dt_rank, 0, 0},
       {8, of_channels, e, 0, 0},
       {9, of_channels, size_of(p.A_dtype) * s.d_state, 0, 0},
       {10, of_channels, size_of(p.D_dtype), 0, 0},
       {14, of_channels, size_of(p.ssm_dtype) * s.d_state, 0, 0},
+      {17, SmallLayout::kRows, 4, 0, 0},
   };
   for (int i = 0; i < kSmalls; ++i) {
     r.small[i] = smalls[i];
-    const int64_t count = smalls[i].scope == all ? 1 : channels;
+    const auto scope = smalls[i].scope;
+    const int64_t count = scope == all ? 1 : scope == of_channels ? channels : rows;
     // A part may begin anywhere in its first 16 bytes.
     r.small[i].place = places.take(count * smalls[i].unit + 15);
   }
@@ -127,7 +137,7 @@ RowWords words_of(const DecodeCudaSizes& s, int blocks) {
   const auto even = [](int words) { return static_cast<unsigned>(words + 1) / 2 * 2; };
   RowWords w;
   w.inner = even(s.d_model);
-  w.projected = w.inner + even(s.d_inner * size_of(s.dtype) / 4);
+  w.projected = w.inner + even(s.d_inner * s.element() / 4);
   w.replica = w.projected + even(s.projected);
   w.partial = decode::kReplicas * w.replica;
   w.partial_stride = even(blocks);
@@ -137,18 +147,23 @@ RowWords words_of(const DecodeCudaSizes& s, int blocks) {
 // False if `shared` bytes are too few, or rows too long.
 bool lay_out(const DecodeCudaParams& p, int shared, RowLayout& r) {
   const DecodeCudaSizes& s = p.size;
-  const int blocks = p.plan.blocks, e = size_of(s.dtype);
+  const int blocks = p.plan.blocks, e = s.weight_element();
   const int channels = largest_share(s.d_inner, kChannelGroup, blocks);
   const int rows = largest_share(s.d_model, 1, blocks);
   const int64_t tokens = largest_share(s.vocab, 1, blocks);
-  r.slot_bytes = std::max(kSlotBytes, e * std::max(s.d_model, s.d_inner));
+  // Rows that a warp has at once, at least; if they are short twice as many, which takes fewer
+  // turns.
+  const int least_rows = s.int8 ? 32 >> kLanesInt8Log2 : 1;
+  const int least = least_rows * e * std::max(s.d_model, s.d_inner);
+  r.slot_bytes = std::max({kSlotBytes, least, s.int8 ? std::min(2 * least, 2 * kSlotBytes) : 0});
   Product &model = r.product[decode::kOfModel], &inner = r.product[decode::kOfInner];
-  if (!cut(int64_t{e} * s.d_model, 2 * channels, r.slot_bytes, model) ||
-      !cut(int64_t{e} * s.d_inner, rows, r.slot_bytes, inner)) {
+  if (!cut(int64_t{e} * s.d_model, 2 * channels, r.slot_bytes, s.int8, model) ||
+      !cut(int64_t{e} * s.d_inner, rows, r.slot_bytes, s.int8, inner)) {
     return false;
   }
   r.one_of_model = 1.0f / static_cast<float>(s.d_model);
   r.words = words_of(s, blocks);
+  r.column_element = e;
   r.column_lanes_log2 = 0;
   while (r.column_lanes_log2 < 3 && (2 << r.column_lanes_log2) * s.projected <= kRowThreads) {
     ++r.column_lanes_log2;
@@ -161,8 +176,9 @@ bool lay_out(const DecodeCudaParams& p, int shared, RowLayout& r) {
   r.gate = places.take(int64_t{4} * channels);
   r.projected = places.take(int64_t{4} * s.projected);
   r.residual = places.take(int64_t{8} * rows);
+  r.out_scales = places.take(s.int8 ? int64_t{4} * rows : 0);
   r.norm = places.take(2 * kRowWarps * 4);
-  lay_out_smalls(p, channels, r, places);
+  lay_out_smalls(p, channels, rows, r, places);
   r.columns = places.take(int64_t{channels} * s.projected * e);
   // lm_head's sums lie where the layers' small arrays were, if they fit.
   const int64_t head_bytes = 4 * tokens * model.pieces;
@@ -171,9 +187,9 @@ bool lay_out(const DecodeCudaParams& p, int shared, RowLayout& r) {
   r.ring = static_cast<int>((places.used() + 127) / 128 * 128);
   r.slots = std::min<int64_t>(kMaxSlots, (shared - r.ring) / r.slot_bytes);
   // Measured on an H100: two slots on their way keep its memory busy, one does where the ring holds
-  // a whole layer, and with more exchanges take longer.
+  // a whole layer or where weights are int8, and with more exchanges take longer.
   const int64_t layer_bytes = int64_t{e} * (2 * channels * s.d_model + rows * s.d_inner);
-  r.in_flight = layer_bytes < int64_t{r.slots} * r.slot_bytes ? 1 : 2;
+  r.in_flight = s.int8 || layer_bytes < int64_t{r.slots} * r.slot_bytes ? 1 : 2;
   r.bytes = r.ring + r.slots * r.slot_bytes;
   return shared >= r.ring && r.slots >= 2;
 }
@@ -201,9 +217,9 @@ bool usual(const DecodeCudaParams& p) {
          p.A_dtype == DType::kFloat32 && p.D_dtype == DType::kFloat32;
 }
 
-template <typename T>
+template <typename T, typename W>
 cudaError_t launch(const DecodeCudaParams& p, cudaStream_t stream) {
-  const auto kernel = usual(p) ? decode_row_kernel<T, true> : decode_row_kernel<T, false>;
+  const auto kernel = usual(p) ? decode_row_kernel<T, W, true> : decode_row_kernel<T, W, false>;
   RowLayout r;
   if (!lay_out(p, shared_limit(), r)) return cudaErrorInvalidConfiguration;
   cudaError_t error =
@@ -225,6 +241,14 @@ cudaError_t launch(const DecodeCudaParams& p, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, p, r);
 }
 
+template <typename T>
+cudaError_t launch_for_weights(const DecodeCudaParams& p, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (p.size.int8) return launch<T, int8_t>(p, stream);
+  }
+  return launch<T, T>(p, stream);
+}
+
 }  // namespace
 
 bool decode_row_plan(const DecodeCudaSizes& s, int device, int shared, DecodePlan& plan) {
@@ -241,11 +265,11 @@ bool decode_row_plan(const DecodeCudaSizes& s, int device, int shared, DecodePla
 cudaError_t decode_row(const DecodeCudaParams& p, cudaStream_t stream) {
   switch (p.size.dtype) {
     case DType::kFloat16:
-      return launch<__half>(p, stream);
+      return launch_for_weights<__half>(p, stream);
     case DType::kBFloat16:
-      return launch<__nv_bfloat16>(p, stream);
+      return launch_for_weights<__nv_bfloat16>(p, stream);
     default:
-      return launch<float>(p, stream);
+      return launch_for_weights<float>(p, stream);
   }
 }
 

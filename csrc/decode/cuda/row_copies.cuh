@@ -12,19 +12,21 @@ namespace decode {
 class SmallFetcher {
  public:
   __device__ SmallFetcher(const DecodeCudaParams& p, const RowLayout& r, char* shared,
-                          Range channels, RowBarriers barriers)
+                          const Shares& shares, RowBarriers barriers)
       : p_(p),
         r_(r),
         shared_(shared),
-        channels_(channels),
+        channels_(shares.channels),
         barriers_(barriers),
         lane_(static_cast<int>(threadIdx.x) % 32) {
     // A lane knows where one of the arrays is.
     const int i = lane_ < kSmalls ? lane_ : 0;
     const SmallLayout& s = r.small[i];
-    const bool all = s.scope == SmallLayout::kAll;
-    const int64_t begin = s.base + (all ? 0 : int64_t{channels.first} * s.unit);
-    const int64_t end = begin + (all ? 1 : channels.count) * int64_t{s.unit};
+    const Range units = s.scope == SmallLayout::kAll        ? Range{0, 1}
+                        : s.scope == SmallLayout::kChannels ? shares.channels
+                                                            : shares.rows;
+    const int64_t begin = s.base + int64_t{units.first} * s.unit;
+    const int64_t end = begin + int64_t{units.count} * s.unit;
     field_ = s.field;
     place_ = s.place;
     from_ = begin / 16 * 16;
@@ -87,7 +89,7 @@ class SmallFetcher {
 
   // x_proj's columns of this block's channels: four channels of all outputs, then the next four.
   __device__ __forceinline__ void copy_columns(int layer) const {
-    const int e = p_.size.dtype == DType::kFloat32 ? 4 : 2, outputs = p_.size.projected;
+    const int e = r_.column_element, outputs = p_.size.projected;
     const int row_bytes = p_.size.d_inner * e, group_bytes = kChannelGroup * e;
     const int groups = channels_.count / kChannelGroup;
     const char* from = static_cast<const char*>(p_.layer[layer].x_proj) + channels_.first * e;
@@ -98,7 +100,10 @@ class SmallFetcher {
       uint32_t place = to + output * group_bytes;
 #pragma unroll 1
       for (int g = 0; g < groups; ++g) {
-        if (group_bytes == 8) {
+        if (group_bytes == 4) {
+          asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(place), "l"(row)
+                       : "memory");
+        } else if (group_bytes == 8) {
           asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(place), "l"(row)
                        : "memory");
         } else {

@@ -15,6 +15,7 @@ constexpr int kChannelGroup = 4;
 constexpr int kRowWarps = 16, kRowThreads = 32 * kRowWarps;
 constexpr int kRowBlock = kRowThreads + 64;
 constexpr int kMaxVectors = 4, kMaxSlots = 16;
+constexpr int kMaxVectorsInt8 = 5, kLanesInt8Log2 = 3;
 constexpr int kReplicas = 8;  // of every word that all blocks read
 
 struct Range {
@@ -54,11 +55,15 @@ enum Small : int {
   kConvWeight,
   kConvBias,
   kConvState,
+  kInScales,
+  kGateScales,
+  kXScales,
   kDtProj,
   kDtBias,
   kALog,
   kSkip,
   kSsmState,
+  kOutScales,
   kSmalls
 };
 enum Stage : int { kForNorm, kForConvolution, kForStates, kStages };  // x_proj is in the second
@@ -67,10 +72,10 @@ enum Stage : int { kForNorm, kForConvolution, kForStates, kStages };  // x_proj 
 constexpr int kBarriers = 2 * (kMaxSlots + kStages), kBarrierBytes = 8 * kBarriers;
 
 struct SmallLayout {
-  enum Scope : int { kAll, kChannels };
+  enum Scope : int { kAll, kChannels, kRows };
   int field;  // the place of the pointer in DecodeLayerArgs
-  int scope;  // a block takes all, or its channels
-  int unit;   // bytes: of all, of a channel
+  int scope;  // a block takes all, or its channels, or its rows of out_proj
+  int unit;   // bytes: of all, of a channel, of a row
   int place;  // in shared memory
   int64_t base;
 };
@@ -90,10 +95,12 @@ struct RowLayout {
   RowWords words;
   float one_of_model;     // 1 / d_model
   int column_lanes_log2;  // that share an output of x_proj
+  int column_element;     // bytes of a weight of x_proj
   int slots, slot_bytes;
   int in_flight;  // slots on their way at a time
   // Offsets in shared memory.
-  int columns, barriers, inputs, sums, head_sums, u, gate, projected, residual, norm, ring;
+  int columns, barriers, inputs, sums, head_sums, u, gate, projected, residual, out_scales, norm,
+      ring;
   int bytes;
 };
 

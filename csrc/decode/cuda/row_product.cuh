@@ -35,23 +35,31 @@ __device__ __forceinline__ void multiply(uint4 w, const float* x, float& even, f
   }
 }
 
-// A row's inputs in shared memory, as fp32. Lanes take 16 bytes of weights each; in halves that is
-// eight inputs, which lie in two planes of four each: no lanes' reads collide.
-template <typename T>
+// A row's inputs in shared memory, as fp32. Lanes take 16 bytes of weights, of dtype W, each; in
+// halves that is eight inputs, which lie in two planes of four each: no lanes' reads collide.
+template <typename W>
 class Inputs {
  public:
-  static constexpr int kPlanes = 4 / sizeof(T);
+  static constexpr int kPlanes = 4 / sizeof(W);
   static constexpr int kPer = 4 * kPlanes;  // inputs of a lane's 16 bytes
 
   __device__ Inputs(float* data, int size) : data_(data), vectors_(size / kPer) {}
 
   // Where input `i` is; the rest of its four follows.
-  __device__ __forceinline__ float* at(unsigned i) const { return data_ + offset(i); }
   __device__ __forceinline__ unsigned offset(unsigned i) const {
     const unsigned four = i / 4;
     return 4 * (four % kPlanes * vectors_ + four / kPlanes) + i % 4;
   }
-  __device__ __forceinline__ float* data() const { return data_; }
+
+  __device__ __forceinline__ void put_two(unsigned offset, float2 v) const {
+    *reinterpret_cast<float2*>(data_ + offset) = v;
+  }
+  __device__ __forceinline__ void put_four(unsigned offset, float4 v) const {
+    *reinterpret_cast<float4*>(data_ + offset) = v;
+  }
+  __device__ __forceinline__ float2 two(unsigned i) const {
+    return *reinterpret_cast<const float2*>(data_ + offset(i));
+  }
 
   // Of 16 bytes of weights; zeros beyond the row.
   __device__ __forceinline__ void load(float* to, unsigned vector) const {
@@ -83,10 +91,10 @@ __device__ __forceinline__ WarpPart part_of(const Product& c) {
 }
 
 // Multiplies `rows` rows. Piece k of row i goes to sums[i * pieces + k].
-template <typename T, int kVectors>
-__device__ __forceinline__ void multiply_rows(const Product& c, int rows, Inputs<T> inputs,
+template <typename W, int kVectors>
+__device__ __forceinline__ void multiply_rows(const Product& c, int rows, Inputs<W> inputs,
                                               RingReader& ring, float* sums) {
-  constexpr int kPer = Inputs<T>::kPer;
+  constexpr int kPer = Inputs<W>::kPer;
   constexpr int kAtOnce = kVectors <= 2 ? 2 : 1;
   const int lane = static_cast<int>(threadIdx.x) % 32, lanes = 1 << c.lanes_log2;
   const int of_row = lane & (lanes - 1), own_row = lane >> c.lanes_log2;
@@ -124,7 +132,7 @@ __device__ __forceinline__ void multiply_rows(const Product& c, int rows, Inputs
       for (int t = 0; t < kAtOnce; ++t) {
         float even = 0.0f, odd = 0.0f;
 #pragma unroll
-        for (int j = 0; j < kVectors; ++j) multiply(w[t][j], x + j * kPer, even, odd, T());
+        for (int j = 0; j < kVectors; ++j) multiply(w[t][j], x + j * kPer, even, odd, W());
         sum[t] = even + odd;
       }
 #pragma unroll 1
@@ -144,18 +152,18 @@ __device__ __forceinline__ void multiply_rows(const Product& c, int rows, Inputs
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void multiply_rows(const Product& c, int rows, Inputs<T> inputs,
+template <typename W>
+__device__ __forceinline__ void multiply_rows(const Product& c, int rows, Inputs<W> inputs,
                                               RingReader& ring, float* sums) {
   switch (c.vectors) {
     case 1:
-      return multiply_rows<T, 1>(c, rows, inputs, ring, sums);
+      return multiply_rows<W, 1>(c, rows, inputs, ring, sums);
     case 2:
-      return multiply_rows<T, 2>(c, rows, inputs, ring, sums);
+      return multiply_rows<W, 2>(c, rows, inputs, ring, sums);
     case 3:
-      return multiply_rows<T, 3>(c, rows, inputs, ring, sums);
+      return multiply_rows<W, 3>(c, rows, inputs, ring, sums);
     default:
-      return multiply_rows<T, kMaxVectors>(c, rows, inputs, ring, sums);
+      return multiply_rows<W, kMaxVectors>(c, rows, inputs, ring, sums);
   }
 }
 

@@ -88,6 +88,10 @@ class SmallArrays {
     return bits_to_float(load_bits(at(part), dtype, i), dtype);
   }
 
+  __device__ __forceinline__ float scale(int part, int i) const {
+    return reinterpret_cast<const float*>(at(part))[i];
+  }
+
  private:
   const DecodeCudaParams& p_;
   const RowLayout& r_;
@@ -100,8 +104,21 @@ __device__ __forceinline__ void meet() {
   asm volatile("bar.sync 1, %0;" ::"n"(kRowThreads) : "memory");
 }
 
-template <typename T, bool kUsual>
+// Four int8 weights as floats: a byte of 128 more is the end of the mantissa of a number from 2^23
+// on.
+__device__ __forceinline__ float4 four_of(unsigned bytes) {
+  constexpr unsigned kTwoTo23 = 0x4b000000u;
+  const float offset = __uint_as_float(kTwoTo23) + 128.0f;
+  bytes ^= 0x80808080u;
+  return make_float4(__uint_as_float(__byte_perm(bytes, kTwoTo23, 0x7650)) - offset,
+                     __uint_as_float(__byte_perm(bytes, kTwoTo23, 0x7651)) - offset,
+                     __uint_as_float(__byte_perm(bytes, kTwoTo23, 0x7652)) - offset,
+                     __uint_as_float(__byte_perm(bytes, kTwoTo23, 0x7653)) - offset);
+}
+
+template <typename T, typename W, bool kUsual>
 class RowStates {
+  static constexpr bool kInt8 = sizeof(W) == 1;
   static constexpr int kLanes = 8;  // of a channel in the state update
   static constexpr int kAtOnce = kRowThreads / kLanes;
   static constexpr int kTaps = kMaxDecodeConv;
@@ -174,6 +191,7 @@ class RowStates {
       const float conv_bias = gates ? 0.0f : small_.value(kConvBias, c);
       float v = row_sum<kTaps>(floats(r_.sums), gates ? channels_.count + c : c,
                                r_.product[kOfModel].pieces);
+      if (kInt8) v *= small_.scale(gates ? kGateScales : kInScales, c);
       v = rounded(fmaf(v, factor, bias));
       if (tap + 1 == width) x = v;
       const float product = sum_of_lanes<kTaps>(x * weight);
@@ -185,7 +203,10 @@ class RowStates {
     }
   }
 
-  using Four = std::conditional_t<sizeof(T) == 4, float4, uint2>;  // four weights
+  template <typename V>  // four weights
+  using FourOf = std::conditional_t<sizeof(V) == 4, float4,
+                                    std::conditional_t<sizeof(V) == 2, uint2, unsigned>>;
+  using Four = FourOf<T>;
 
   __device__ __forceinline__ static float4 floats_of(float4 v) { return v; }
   __device__ __forceinline__ static float4 floats_of(uint2 bits) {
@@ -193,8 +214,11 @@ class RowStates {
     return make_float4(low.x, low.y, high.x, high.y);
   }
 
-  __device__ __forceinline__ static float4 four(const T* from) {
-    return floats_of(*reinterpret_cast<const Four*>(from));
+  __device__ __forceinline__ static float4 floats_of(unsigned bytes) { return four_of(bytes); }
+
+  template <typename V>
+  __device__ __forceinline__ static float4 four(const V* from) {
+    return floats_of(*reinterpret_cast<const FourOf<V>*>(from));
   }
 
   __device__ __forceinline__ static float multiply_four(float4 w, float4 v, float sum) {
@@ -206,7 +230,7 @@ class RowStates {
   __device__ __forceinline__ void hand_on_partials(unsigned tag) const {
     const int outputs = p_.size.projected, log2 = r_.column_lanes_log2, lanes = 1 << log2;
     const int groups = channels_.count / kChannelGroup, lane = thread_ & (lanes - 1);
-    const T* columns = reinterpret_cast<const T*>(shared_ + r_.columns);
+    const W* columns = reinterpret_cast<const W*>(shared_ + r_.columns);
     const float4* u = reinterpret_cast<const float4*>(shared_ + r_.u);
 #pragma unroll 1
     for (int base = 0; base < outputs; base += kRowThreads >> log2) {
@@ -214,7 +238,7 @@ class RowStates {
       const int output = base + (thread_ >> log2);
       float sum = 0.0f;
       if (output < outputs) {
-        const T* from = columns + (lane * outputs + output) * kChannelGroup;
+        const W* from = columns + (lane * outputs + output) * kChannelGroup;
 #pragma unroll 1
         for (int g = lane; g < groups; g += lanes) {
           sum = multiply_four(four(from), u[g], sum);
@@ -226,6 +250,7 @@ class RowStates {
         sum += __shfl_xor_sync(0xffffffffu, sum, width);
       }
       if (output < outputs && lane == 0) {
+        if (kInt8) sum *= small_.scale(kXScales, output);
         put_word(p_.words, r_.words.partial + output * r_.words.partial_stride + blockIdx.x,
                  __float_as_uint(sum), tag);
       }

@@ -13,13 +13,16 @@
 #pragma once
 
 #include "row_copies.cuh"
+#include "row_product_int8.cuh"
 #include "row_states.cuh"
 
 namespace mamba {
 namespace decode {
 
-template <typename T, bool kUsual>
+// T is the dtype of activations and small weights, W that of the large weights.
+template <typename T, typename W, bool kUsual>
 class RowStep {
+  static constexpr bool kInt8 = sizeof(W) == 1;
   static constexpr int kElement = sizeof(T);
   static constexpr int kAtOnce = 3;  // pairs of words of a thread
 
@@ -37,13 +40,14 @@ class RowStep {
   // What the computing threads do.
   __device__ void run() {
     const int layers = p_.size.layers;
-    const RowStates<T, kUsual> states(p_, r_, shared_, shares_.channels, barriers_);
+    const RowStates<T, W, kUsual> states(p_, r_, shared_, shares_.channels, barriers_);
     RingReader ring(r_, shared_, barriers_);
     float square = begin();
     bool inner = false;  // the product is out_proj
     int layer = 0;
     // Every product goes through one copy of the code: fetching instructions takes time.
     while (true) {
+      if (kInt8 && inner) keep_out_scales();
       if (inner || layer > 0) square = read_inputs(inner, layer);
       if (inner) {
         meet();
@@ -55,8 +59,8 @@ class RowStep {
       const int rows = inner     ? shares_.rows.count
                        : at_head ? shares_.tokens.count
                                  : 2 * shares_.channels.count;
-      multiply_rows<T>(r_.product[inner ? kOfInner : kOfModel], rows, inputs(inner), ring,
-                       floats(at_head ? r_.head_sums : r_.sums));
+      multiply_rows(r_.product[inner ? kOfInner : kOfModel], rows, inputs(inner), ring,
+                    floats(at_head ? r_.head_sums : r_.sums));
       const float factor = inner || !plain_norm_ ? 1.0f : scale();
       meet();
       if (at_head) {
@@ -104,11 +108,12 @@ class RowStep {
     for (int i = thread_; i < shares_.rows.count; i += kRowThreads) {
       floats(r_.residual)[2 * i] = embedded(shares_.rows.first + i);
     }
+    const Inputs<W> all = inputs(false);
     float square = 0.0f;
     wait_patiently(barriers_.ready(kForNorm), 0);
 #pragma unroll 1
     for (int k = thread_; k < p_.size.d_model / 2; k += kRowThreads) {
-      put_pair(inputs(false).at(2 * k), norm_weights(k), embedded(2 * k), embedded(2 * k + 1),
+      put_pair(all, all.offset(2 * k), norm_weights(k), embedded(2 * k), embedded(2 * k + 1),
                square);
     }
     return square;
@@ -129,15 +134,16 @@ class RowStep {
   }
 
   // Two values of the residual stream.
-  __device__ __forceinline__ static void put_pair(float* to, float2 weight, float first,
-                                                  float second, float& square) {
+  __device__ __forceinline__ static void put_pair(const Inputs<W>& all, unsigned offset,
+                                                  float2 weight, float first, float second,
+                                                  float& square) {
     square = fmaf(first, first, square);
     square = fmaf(second, second, square);
-    *reinterpret_cast<float2*>(to) = make_float2(first * weight.x, second * weight.y);
+    all.put_two(offset, make_float2(first * weight.x, second * weight.y));
   }
 
-  __device__ __forceinline__ Inputs<T> inputs(bool inner) const {
-    return Inputs<T>(floats(r_.inputs), inner ? p_.size.d_inner : p_.size.d_model);
+  __device__ __forceinline__ Inputs<W> inputs(bool inner) const {
+    return Inputs<W>(floats(r_.inputs), inner ? p_.size.d_inner : p_.size.d_model);
   }
 
   // The inputs of out_proj (`inner`), or the residual stream, of which it returns this thread's
@@ -149,7 +155,7 @@ class RowStep {
     };
     constexpr unsigned kPer = 8 / kElement;  // values of y in a pair of words
     const unsigned each = inner ? kPer : 2, size = inner ? p_.size.d_inner : p_.size.d_model;
-    const Inputs<T> all = inputs(inner);
+    const Inputs<W> all = inputs(inner);
     float square = 0.0f;
     if (!inner) wait_patiently(barriers_.ready(kForNorm), layer & 1);
     take_pairs<kAtOnce>(
@@ -160,15 +166,14 @@ class RowStep {
                        inner ? make_float2(0.0f, 0.0f) : norm_weights(k)};
         },
         [&](Place place, unsigned first, unsigned second) {
-          float* to = all.data() + place.to;
           if (!inner) {
-            put_pair(to, place.weight, __uint_as_float(first), __uint_as_float(second), square);
+            put_pair(all, place.to, place.weight, __uint_as_float(first), __uint_as_float(second),
+                     square);
           } else if constexpr (kElement == 4) {
-            *reinterpret_cast<float2*>(to) =
-                make_float2(__uint_as_float(first), __uint_as_float(second));
+            all.put_two(place.to, make_float2(__uint_as_float(first), __uint_as_float(second)));
           } else {
             const float2 low = both_of(first, T()), high = both_of(second, T());
-            *reinterpret_cast<float4*>(to) = make_float4(low.x, low.y, high.x, high.y);
+            all.put_four(place.to, make_float4(low.x, low.y, high.x, high.y));
           }
         });
     return square;
@@ -190,24 +195,28 @@ class RowStep {
   __device__ __forceinline__ void normalise_fully() const {
     const int size = p_.size.d_model;
     const float count = static_cast<float>(size);
+    const Inputs<W> all = inputs(false);
     float* warps = floats(r_.norm);
     float sum = 0.0f, square = 0.0f;
 #pragma unroll 1
     for (int k = thread_; k < size / 2; k += kRowThreads) {
-      const float* v = inputs(false).at(2 * k);
-      sum += v[0] + v[1];
+      const float2 v = all.two(2 * k);
+      sum += v.x + v.y;
     }
     const float mean = p_.is_rms_norm ? 0.0f : block_sum(sum, warps) / count;
 #pragma unroll 1
     for (int k = thread_; k < size / 2; k += kRowThreads) {
-      const float* v = inputs(false).at(2 * k);
-      square += (v[0] - mean) * (v[0] - mean) + (v[1] - mean) * (v[1] - mean);
+      const float2 v = all.two(2 * k);
+      square += (v.x - mean) * (v.x - mean) + (v.y - mean) * (v.y - mean);
     }
     const float rstd = rsqrtf(block_sum(square, warps + kRowWarps) / count + p_.eps);
 #pragma unroll 1
-    for (int i = 2 * thread_; i < size; i += i % 2 == 0 ? 1 : 2 * kRowThreads - 1) {
-      float* v = inputs(false).at(i);
-      *v = (*v - mean) * rstd * smalls().value(kNormWeight, i) + smalls().value(kNormBias, i);
+    for (int k = thread_; k < size / 2; k += kRowThreads) {
+      const float2 v = all.two(2 * k);
+      const auto normal = [&](float x, int i) {
+        return (x - mean) * rstd * smalls().value(kNormWeight, i) + smalls().value(kNormBias, i);
+      };
+      all.put_two(all.offset(2 * k), make_float2(normal(v.x, 2 * k), normal(v.y, 2 * k + 1)));
     }
     meet();
   }
@@ -234,6 +243,14 @@ class RowStep {
     return rsqrtf(fmaf(sum, r_.one_of_model, p_.eps));
   }
 
+  // out_proj's scales outlive the stage that they come with.
+  __device__ __forceinline__ void keep_out_scales() const {
+    const SmallArrays<T, kUsual> small(p_, r_, shared_, shares_.rows.first);
+    for (int i = thread_; i < shares_.rows.count; i += kRowThreads) {
+      floats(r_.out_scales)[i] = small.scale(kOutScales, i);
+    }
+  }
+
   // This block's rows of the residual stream. Its dtype rounds once, when the
   // sum is complete.
   __device__ __forceinline__ void finish_out(int layer) const {
@@ -246,7 +263,8 @@ class RowStep {
       if (base + thread_ / 32 * (32 / kReplicas) >= count) break;  // a whole warp
       const int own = base + thread_ / kReplicas, i = own < count ? own : base;
       float v = residual[2 * i + layer % 2] + (bias == nullptr ? 0.0f : to_float(bias[first + i]));
-      v += row_sum<kReplicas>(floats(r_.sums), i, r_.product[kOfInner].pieces);
+      const float sum = row_sum<kReplicas>(floats(r_.sums), i, r_.product[kOfInner].pieces);
+      v += kInt8 ? sum * floats(r_.out_scales)[i] : sum;
       if (own >= count) continue;
       if (p_.residual_dtype != DType::kFloat32) v = to_float(from_float<T>(v));
       if (lane == 0) residual[2 * i + (layer + 1) % 2] = v;
@@ -260,7 +278,9 @@ class RowStep {
       const float* sums = floats(r_.head_sums) + i * pieces;
       float sum = sums[0];
       for (int k = 1; k < pieces; ++k) sum += sums[k];
-      static_cast<T*>(p_.logits)[shares_.tokens.first + i] = from_float<T>(sum * factor);
+      const int token = shares_.tokens.first + i;
+      if (kInt8) sum *= __ldg(p_.head_scales + token);
+      static_cast<T*>(p_.logits)[token] = from_float<T>(sum * factor);
     }
   }
 

@@ -30,7 +30,7 @@ int64_t fixed_bytes(int stages) {
 
 // Shared memory for the largest of the inputs that a block holds at a time.
 int64_t largest_inputs(const DecodeCudaSizes& s, const DecodePlan& plan) {
-  const int element = s.dtype == DType::kFloat32 ? 4 : 2;
+  const int element = s.element();
   const int model = units_of(s.d_model * element), inner = units_of(s.d_inner * element);
   int units = model;
   for (int pieces : {plan.x_slices, plan.out_parts}) {
@@ -79,7 +79,6 @@ cudaError_t launch_for_batch(const DecodeCudaParams& p, cudaStream_t stream) {
 }  // namespace
 
 std::string decode_plan(const DecodeCudaSizes& s, int device, DecodePlan& plan) {
-  const int element = s.dtype == DType::kFloat32 ? 4 : 2;
   if (s.batch < 1 || s.batch > kMaxDecodeBatch) {
     return "it serves 1 to " + std::to_string(kMaxDecodeBatch) + " rows, not " +
            std::to_string(s.batch);
@@ -90,7 +89,8 @@ std::string decode_plan(const DecodeCudaSizes& s, int device, DecodePlan& plan) 
   if (s.d_conv < 1 || s.d_conv > kMaxDecodeConv) {
     return "it serves convolutions of at most " + std::to_string(kMaxDecodeConv) + " taps";
   }
-  if (s.d_model * element % 16 != 0 || s.d_inner * element % 16 != 0) {
+  const int weight_element = s.weight_element();
+  if (s.d_model * weight_element % 16 != 0 || s.d_inner * weight_element % 16 != 0) {
     return "d_model and d_inner must fill whole pieces of 16 bytes";
   }
   int shared = 0, cooperative = 0, blocks = 0;
@@ -101,8 +101,13 @@ std::string decode_plan(const DecodeCudaSizes& s, int device, DecodePlan& plan) 
   }
   if (!cooperative) return "the device has no cooperative launches";
   plan.blocks = blocks;
+  if (s.int8) {
+    if (s.dtype == DType::kFloat32) return "beside int8 weights it serves fp16 and bf16";
+    plan.one_row = decode_row_plan(s, device, shared, plan);
+    return plan.one_row ? "" : "int8 weights are served for one row, from compute capability 9.0";
+  }
   const int tiles = (s.projected + kTileRows - 1) / kTileRows;
-  const int inner = units_of(s.d_inner * element);
+  const int inner = units_of(s.d_inner * s.element());
   plan.x_slices = std::max(1, std::min(blocks / tiles, inner / 4));
   for (int stages : {kDeepRing, kShallowRing}) {
     for (int parts = 1; parts <= decode::kMaxParts; ++parts) {

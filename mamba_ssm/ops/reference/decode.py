@@ -25,7 +25,7 @@ from ..decode_layout import (
     unpack_weight,
     visit,
 )
-from ..decode_weights import LAYER_WEIGHTS
+from ..decode_weights import LAYER_INT8, LAYER_WEIGHTS, TAIL_INT8, TAIL_WEIGHTS
 
 _LOG2_E = 1.4426950408889634
 
@@ -231,6 +231,7 @@ def decode_step_weights(
     ids: Tensor,
     embedding: Tensor,
     weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
     eps: float,
     is_rms_norm: bool,
     residual_dtype: torch.dtype,
@@ -238,11 +239,26 @@ def decode_step_weights(
     ssm_states: Sequence[Tensor],
 ) -> Tensor:
     """Internal op ``_decode_step_weights``: see ``ops/schema.py`` for shapes."""
-    *layers, lm_head = weights
+    *layers, lm_head = _dequantized(weights, scales, len(conv_states))
     states = list(zip(conv_states, ssm_states, strict=True))
     parts, sizes = _parts_of_weights(layers, eps, is_rms_norm, residual_dtype, states)
     parts[None, "lm_head"] = _Linear(lm_head.float(), None)
     return _model_step(parts, sizes, ids, embedding, states)
+
+
+def _dequantized(
+    weights: Sequence[Tensor], scales: Sequence[Tensor], layers: int
+) -> Sequence[Tensor]:
+    """The weights as floats; ``scales`` is empty where none are int8."""
+    if not scales:
+        return weights
+    count = len(LAYER_WEIGHTS)
+    places = [i * count + LAYER_WEIGHTS.index(name) for i in range(layers) for name in LAYER_INT8]
+    places += [layers * count + TAIL_WEIGHTS.index(name) for name in TAIL_INT8]
+    floats = list(weights)
+    for place, scale in zip(places, scales, strict=True):
+        floats[place] = weights[place].float() * scale
+    return floats
 
 
 def _parts_of_weights(
