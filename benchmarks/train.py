@@ -131,7 +131,7 @@ def host(timer: Timer) -> Iterator[GpuRow]:
 # Kernels by what they do, from parts of their names.
 _KINDS = {
     "matrix products": ("nvjet", "gemm", "splitKreduce", "cutlass"),
-    "scan": ("scan_backward", "sequential", "stream_kernel", "sum_slices", "sum_parts"),
+    "scan": ("scan_backward", "sequential", "stream_kernel", "sum_backward"),
     "convolution": ("_channels_kernel", "_steps_kernel", "final_states"),
     "norm": ("add_norm",),
     "loss": ("SoftMax", "CrossEntropy"),

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -21,10 +22,39 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline std::string shape_text(const std::vector<int64_t>& sizes) {
+// Borrowed sizes or strides: what every call builds and compares must not cost an allocation.
+struct Shape {
+  const int64_t* data = nullptr;
+  size_t count = 0;
+
+  Shape(const int64_t* from, size_t size) : data(from), count(size) {}
+  Shape(const std::vector<int64_t>& from) : data(from.data()), count(from.size()) {}
+  // To be used within the expression that has the list.
+  Shape(std::initializer_list<int64_t> from) { data = from.begin(), count = from.size(); }
+
+  size_t size() const { return count; }
+  int64_t operator[](size_t i) const { return data[i]; }
+  bool operator==(const Shape& other) const {
+    return count == other.count && std::equal(data, data + count, other.data);
+  }
+};
+
+inline std::string shape_text(const Shape& sizes) {
   std::string text = "(";
   for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
   return text + ")";
+}
+
+inline Shape shape_of(const Tensor& t) {
+  int64_t* sizes = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
+  return {sizes, static_cast<size_t>(t.dim())};
+}
+
+inline Shape strides_of(const Tensor& t) {
+  int64_t* strides = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+  return {strides, static_cast<size_t>(t.dim())};
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
@@ -54,9 +84,9 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
 }
 
 // Checks shape, dtype and device (that of `like`) and describes the tensor for a kernel.
-inline TensorArg tensor_arg(const char* op, const char* name, const Tensor& t,
-                            const std::vector<int64_t>& shape, const Tensor& like) {
-  const auto sizes = sizes_of(t);
+inline TensorArg tensor_arg(const char* op, const char* name, const Tensor& t, const Shape& shape,
+                            const Tensor& like) {
+  const Shape sizes = shape_of(t), strides = strides_of(t);
   STD_TORCH_CHECK(sizes == shape, op, ": ", name, " must have shape ", shape_text(shape), ", got ",
                   shape_text(sizes));
   STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(),
@@ -64,19 +94,18 @@ inline TensorArg tensor_arg(const char* op, const char* name, const Tensor& t,
   TensorArg arg;
   arg.dtype = dtype_of(op, name, t);
   arg.data = t.numel() ? t.data_ptr() : nullptr;
-  for (size_t i = 0; i < sizes.size(); ++i) arg.stride[i] = t.stride(static_cast<int64_t>(i));
+  for (size_t i = 0; i < strides.size(); ++i) arg.stride[i] = strides[i];
   return arg;
 }
 
 inline TensorArg tensor_arg(const char* op, const char* name, const OptionalTensor& t,
-                            const std::vector<int64_t>& shape, const Tensor& like) {
+                            const Shape& shape, const Tensor& like) {
   return t.has_value() ? tensor_arg(op, name, *t, shape, like) : TensorArg{};
 }
 
 // Fresh memory on the device of `like`, in its dtype unless another is wanted. Past the dispatcher,
 // which costs the host more than the allocation does.
-inline Tensor fresh_strided(const Tensor& like, const std::vector<int64_t>& sizes,
-                            const std::vector<int64_t>& strides,
+inline Tensor fresh_strided(const Tensor& like, const Shape& sizes, const Shape& strides,
                             std::optional<ScalarType> dtype = std::nullopt) {
   int32_t type = 0, device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -87,20 +116,21 @@ inline Tensor fresh_strided(const Tensor& like, const std::vector<int64_t>& size
   }
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               type, device_type, like.get_device_index(), &handle));
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data, strides.data, type,
+                               device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
-inline Tensor fresh(const Tensor& like, const std::vector<int64_t>& sizes,
+inline Tensor fresh(const Tensor& like, const Shape& sizes,
                     std::optional<ScalarType> dtype = std::nullopt) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
+  constexpr size_t kMostDims = 4;
+  STD_TORCH_CHECK(sizes.size() <= kMostDims, "more than ", kMostDims, " dimensions");
+  int64_t strides[kMostDims], step = 1;
   for (size_t i = sizes.size(); i-- > 0;) strides[i] = step, step *= std::max<int64_t>(sizes[i], 1);
-  return fresh_strided(like, sizes, strides, dtype);
+  return fresh_strided(like, sizes, {strides, sizes.size()}, dtype);
 }
 
-inline Tensor new_floats(const Tensor& like, const std::vector<int64_t>& sizes) {
+inline Tensor new_floats(const Tensor& like, const Shape& sizes) {
   return fresh(like, sizes, ScalarType::Float);
 }
 

@@ -10,6 +10,11 @@
 extern "C" AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
                                                     AtenTensorHandle mat1, AtenTensorHandle mat2,
                                                     double beta, double alpha);
+// Since torch 2.11; null before.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cuda_mm_dtype_out(AtenTensorHandle out,
+                                                                             AtenTensorHandle self,
+                                                                             AtenTensorHandle mat2,
+                                                                             int32_t out_dtype);
 
 namespace mamba {
 namespace {
@@ -25,6 +30,11 @@ Tensor multiply(const Tensor& a, const Tensor& b) {
 // a (16-bit) times b in fp32.
 Tensor multiply_wide(const Tensor& a, const Tensor& b) {
   Tensor out = fresh(a, {a.size(0), b.size(1)}, ScalarType::Float);
+  if (aoti_torch_cuda_mm_dtype_out) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cuda_mm_dtype_out(out.get(), a.get(), b.get(), aoti_torch_dtype_float32()));
+    return out;
+  }
   std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(ScalarType::Float),
                                     torch::stable::detail::from(out)};
@@ -61,25 +71,33 @@ Tensor block_taps(const char* op, const Tensor& weight) {
   return view(weight, {weight.size(0), weight.size(2)}, {weight.stride(0), weight.stride(2)});
 }
 
-BlockForward block_forward(const BlockSizes& s, const Tensor& rows, const BlockWeights& w,
-                           int64_t chunk_size) {
-  BlockForward f;
-  f.xz = multiply(rows, transposed(w.in_proj));
-  const Tensor conv = as_rows(block_conv_forward(s.sequences(f.xz), w.taps, w.conv_bias));
-  f.x_dbl = multiply(s.rows(conv), transposed(w.x_proj));
-  const Tensor delta = multiply(s.low_rank(f.x_dbl), transposed(w.dt_proj));
-  std::tie(f.y, f.final_state, f.states) = selective_scan_fwd(
-      conv, s.sequences(delta), w.A, s.selected(f.x_dbl, s.rank), s.selected(f.x_dbl, s.rank + s.n),
-      w.D, s.sequences(f.xz, s.d), w.dt_bias, true, std::nullopt, std::nullopt, s.b, chunk_size);
-  f.y = s.rows(as_rows(f.y));
-  f.out = multiply(f.y, transposed(w.out_proj));
-  return f;
+BlockForward::BlockForward(const BlockSizes& s, const Tensor& like, int64_t e, int64_t chunk_size) {
+  const int64_t m = s.b * s.length, chunks = (s.length + chunk_size - 1) / chunk_size;
+  xz = fresh(like, {m, 2 * s.d}), conv = fresh(like, {m, s.d});
+  x_dbl = fresh(like, {m, s.rank + 2 * s.n}), delta = fresh(like, {m, s.d});
+  y = fresh(like, {m, s.d}), out = fresh(like, {m, e});
+  final_state = new_floats(like, {s.b, s.d, s.n});
+  states = new_floats(like, {s.b, chunks, s.d, s.n});
+  x = s.sequences(xz), z = s.sequences(xz, s.d), u = s.sequences(conv);
+  delta_steps = s.sequences(delta), scanned = s.sequences(y), low_rank = s.low_rank(x_dbl);
+  B = s.selected(x_dbl, s.rank), C = s.selected(x_dbl, s.rank + s.n);
+}
+
+void block_forward(const Tensor& rows, const BlockWeights& w, int64_t chunk_size,
+                   const BlockForward& f) {
+  multiply_into(f.xz, rows, transposed(w.in_proj));
+  block_conv_forward(f.x, w.taps, w.conv_bias, f.u);
+  multiply_into(f.x_dbl, f.conv, transposed(w.x_proj));
+  multiply_into(f.delta, f.low_rank, transposed(w.dt_proj));
+  block_scan_forward(f.u, f.delta_steps, w.A, f.B, f.C, w.D, f.z, w.dt_bias, chunk_size, f.scanned,
+                     f.final_state, f.states);
+  multiply_into(f.out, f.y, transposed(w.out_proj));
 }
 
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-           Tensor>
+           Tensor, Tensor, Tensor>
 block_fwd(Tensor hidden, Tensor in_proj, Tensor conv_weight, OptionalTensor conv_bias,
           Tensor x_proj, Tensor dt_proj, OptionalTensor dt_bias, Tensor A_log, Tensor D,
           Tensor out_proj, ScalarType dtype, int64_t chunk_size) {
@@ -106,10 +124,12 @@ block_fwd(Tensor hidden, Tensor in_proj, Tensor conv_weight, OptionalTensor conv
   convert.add(A_from, A, true);
   convert.run(stream);
   const Tensor matrix = view(rows, {s.b * s.length, m}, {m, 1});
-  const BlockForward f = block_forward(
-      s, matrix, {w_in, block_taps(op, conv_weight), w_x, w_dt, A, D, w_out, conv_bias, dt_bias},
-      chunk_size);
-  const int64_t e = f.out.size(1);
+  const int64_t e = out_proj.size(0);
+  STD_TORCH_CHECK(chunk_size > 0, op, ": chunk_size must be positive, got ", chunk_size);
+  const BlockForward f(s, matrix, e, chunk_size);
+  block_forward(matrix,
+                {w_in, block_taps(op, conv_weight), w_x, w_dt, A, D, w_out, conv_bias, dt_bias},
+                chunk_size, f);
   Tensor out = view(f.out, {s.b, s.length, e}, {s.length * e, e, 1});
   // What is an argument as it came is no result.
   const auto made = [&](const Tensor& t, const Tensor& from) {
@@ -126,7 +146,9 @@ block_fwd(Tensor hidden, Tensor in_proj, Tensor conv_weight, OptionalTensor conv
           made(w_in, in_proj),
           made(w_x, x_proj),
           made(w_dt, dt_proj),
-          made(w_out, out_proj)};
+          made(w_out, out_proj),
+          f.conv,
+          f.delta};
 }
 
 // The gradients' dtypes: those of the parameters, where a product gives them at once.
@@ -153,42 +175,39 @@ struct BlockInnerGradients {
 };
 
 // From y's gradient, in the first half of dxz, to conv's; z's goes to the second half.
-BlockInnerGradients block_inner_backward(const char* op, const BlockSizes& s,
-                                         const BlockWanted& wanted, const Tensor& dxz,
-                                         const Tensor& conv, const Tensor& xz, const Tensor& x_dbl,
+BlockInnerGradients block_inner_backward(const BlockSizes& s, const BlockWanted& wanted,
+                                         const Tensor& dxz, const Tensor& conv, const Tensor& xz,
+                                         const Tensor& x_dbl, const OptionalTensor& delta,
                                          const Tensor& A, const Tensor& states,
                                          const Tensor& x_proj, const Tensor& dt_proj,
                                          const OptionalTensor& dt_bias, const Tensor& D,
                                          ScalarType x_dtype, ScalarType dt_dtype,
                                          int64_t chunk_size) {
-  // In one memory: delta, then its gradient.
-  const Tensor ddelta = multiply(s.low_rank(x_dbl), transposed(dt_proj));
-  auto [du, ddelta_, dA, dB, dC, dD, dz, d_dt_bias, dinitial] = scan_backward(
-      s.sequences(dxz), std::nullopt, conv, s.sequences(ddelta), A, s.selected(x_dbl, s.rank),
-      s.selected(x_dbl, s.rank + s.n), D, s.sequences(xz, s.d), dt_bias, true, std::nullopt,
-      std::nullopt, s.b, chunk_size, states, s.sequences(dxz, s.d), true);
-  BlockInnerGradients g{as_rows(du), dA, dD, d_dt_bias, absent(xz), absent(xz)};
-  if (wanted.dt) g.dt_proj = weight_gradient(ddelta, s.low_rank(x_dbl), dt_dtype);
+  const Tensor ddelta = fresh(xz, {s.b * s.length, s.d});
+  if (!delta.has_value()) multiply_into(ddelta, s.low_rank(x_dbl), transposed(dt_proj));
   const Tensor dx_dbl = fresh(xz, {s.b * s.length, s.rank + 2 * s.n});
+  // In one memory, unless delta was given: delta, then its gradient.
+  const ScanGradientsInto into{s.sequences(ddelta), s.sequences(dxz, s.d),
+                               s.selected(dx_dbl, s.rank), s.selected(dx_dbl, s.rank + s.n), true};
+  auto [du, ddelta_, dA, dB, dC, dD, dz, d_dt_bias, dinitial] = scan_backward(
+      s.sequences(dxz), std::nullopt, conv, delta.has_value() ? s.sequences(*delta) : into.ddelta,
+      A, s.selected(x_dbl, s.rank), s.selected(x_dbl, s.rank + s.n), D, s.sequences(xz, s.d),
+      dt_bias, true, std::nullopt, std::nullopt, s.b, chunk_size, states, into);
+  BlockInnerGradients g{as_rows(du), dA, dD, dt_bias.has_value() ? d_dt_bias : absent(xz), {}, {}};
+  g.dt_proj = wanted.dt ? weight_gradient(ddelta, s.low_rank(x_dbl), dt_dtype) : absent(xz);
   multiply_into(s.low_rank(dx_dbl), ddelta, dt_proj);
-  BlockColumns c;
-  c.batch = s.b, c.length = s.length, c.states = s.n;
-  c.pitch = s.rank + 2 * s.n, c.column = s.rank;
-  c.dtype = dtype_of(op, "xz", xz);
-  c.dB = dB.data_ptr(), c.dC = dC.data_ptr(), c.rows = dx_dbl.data_ptr();
-  c.dA = floats_of(dA), c.A = floats_of(A), c.count = dA.numel();
-  check_launch(op, block_columns_cuda(c, current_stream(xz)));
-  if (wanted.x) g.x_proj = weight_gradient(dx_dbl, s.rows(conv), x_dtype);
+  g.x_proj = wanted.x ? weight_gradient(dx_dbl, s.rows(conv), x_dtype) : absent(xz);
   add_product(s.rows(g.conv), dx_dbl, x_proj);
   return g;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 block_bwd(Tensor d_rows, OptionalTensor y, Tensor out_proj, OptionalTensor rows, Tensor xz,
-          Tensor x_dbl, Tensor A, Tensor states, OptionalTensor in_proj, Tensor conv_weight,
-          OptionalTensor conv_bias, Tensor x_proj, Tensor dt_proj, OptionalTensor dt_bias, Tensor D,
-          ScalarType hidden_dtype, ScalarType in_dtype, ScalarType x_dtype, ScalarType dt_dtype,
-          ScalarType out_dtype, int64_t wanted_bits, int64_t chunk_size) {
+          Tensor x_dbl, OptionalTensor conv_rows, OptionalTensor delta, Tensor A, Tensor states,
+          OptionalTensor in_proj, Tensor conv_weight, OptionalTensor conv_bias, Tensor x_proj,
+          Tensor dt_proj, OptionalTensor dt_bias, Tensor D, ScalarType hidden_dtype,
+          ScalarType in_dtype, ScalarType x_dtype, ScalarType dt_dtype, ScalarType out_dtype,
+          int64_t wanted_bits, int64_t chunk_size) {
   const char* op = "_mamba_block_bwd";
   const BlockWanted wanted(wanted_bits);
   check_dim(op, "states", states, 4, "(batch, chunks, channels, state_dim)");
@@ -202,13 +221,17 @@ block_bwd(Tensor d_rows, OptionalTensor y, Tensor out_proj, OptionalTensor rows,
   check_matrix(op, "x_dbl", x_dbl, m, s.rank + 2 * s.n, xz);
   check_matrix(op, "x_proj", x_proj, s.rank + 2 * s.n, s.d, xz);
   check_matrix(op, "dt_proj", dt_proj, s.d, s.rank, xz);
+  if (conv_rows.has_value()) check_matrix(op, "conv", *conv_rows, m, s.d, xz);
+  if (delta.has_value()) check_matrix(op, "delta", *delta, m, s.d, xz);
   if (wanted.out) check_matrix(op, "y", y.value(), m, s.d, xz);
   if (wanted.in) check_matrix(op, "rows", rows.value(), m, rows->size(1), xz);
   if (wanted.hidden) check_matrix(op, "in_proj", in_proj.value(), 2 * s.d, in_proj->size(1), xz);
   const Tensor taps = block_taps(op, conv_weight);
   const torch::stable::accelerator::DeviceGuard guard(xz.get_device_index());
-  // Before any product: torch warns where a thread's first work on a GPU is a matrix product.
-  Tensor conv = as_rows(block_conv_forward(s.sequences(xz), taps, conv_bias));
+  check_launch(op, enter_device_cuda());
+  Tensor conv = s.sequences(conv_rows.has_value() ? *conv_rows : fresh(xz, {m, s.d}));
+  if (!conv_rows.has_value()) block_conv_forward(s.sequences(xz), taps, conv_bias, conv);
+  conv_rows.reset();
   const Tensor d_out = wanted.out ? weight_gradient(d_rows, *y, out_dtype) : absent(xz);
   Tensor dxz = fresh(xz, {m, 2 * s.d});
   // The scan reads whole pieces of 16 bytes of y's gradient, the last of a row into z's.
@@ -217,8 +240,8 @@ block_bwd(Tensor d_rows, OptionalTensor y, Tensor out_proj, OptionalTensor rows,
   // writes.
   multiply_into(view(dxz, {m, s.d}, {2 * s.d, 1}), d_rows, out_proj);
   BlockInnerGradients g =
-      block_inner_backward(op, s, wanted, dxz, conv, xz, x_dbl, A, states, x_proj, dt_proj, dt_bias,
-                           D, x_dtype, dt_dtype, chunk_size);
+      block_inner_backward(s, wanted, dxz, conv, xz, x_dbl, delta, A, states, x_proj, dt_proj,
+                           dt_bias, D, x_dtype, dt_dtype, chunk_size);
   conv = Tensor();
   auto [dx, d_taps, d_conv_bias, dinitial] =
       conv_backward(g.conv, std::nullopt, s.sequences(xz), taps, conv_bias, std::nullopt,
@@ -239,7 +262,7 @@ block_bwd(Tensor d_rows, OptionalTensor y, Tensor out_proj, OptionalTensor rows,
   return {d_hidden,
           d_in,
           d_conv_weight,
-          d_conv_bias,
+          conv_bias.has_value() ? d_conv_bias : absent(xz),
           g.x_proj,
           g.dt_proj,
           g.dt_bias,

@@ -63,14 +63,21 @@ struct BlockWeights {
   OptionalTensor conv_bias, dt_bias;
 };
 
+// The memory of a forward, which one layer after another may fill: allocations and views take the
+// host longer than the kernels of a short prompt take the GPU.
 struct BlockForward {
-  Tensor out, xz, x_dbl, y;    // rows
-  Tensor final_state, states;  // (b, d, n), and those that the scan keeps for its backward
+  // In the dtype of `like`, for e outputs a step.
+  BlockForward(const BlockSizes& s, const Tensor& like, int64_t e, int64_t chunk_size);
+
+  Tensor xz, conv, x_dbl, delta, y, out;       // rows
+  Tensor final_state, states;                  // (b, d, n), and those kept for the backward
+  Tensor x, u, delta_steps, B, C, z, scanned;  // sequences: views of rows, as the scan takes them
+  Tensor low_rank;                             // of x_dbl, rows
 };
 
-// `rows` are the contiguous rows of the input.
-BlockForward block_forward(const BlockSizes& s, const Tensor& rows, const BlockWeights& w,
-                           int64_t chunk_size);
+// `rows` are the contiguous rows of the input. On the current device.
+void block_forward(const Tensor& rows, const BlockWeights& w, int64_t chunk_size,
+                   const BlockForward& f);
 
 // The convolution's weight (channels, 1, width) as (channels, width).
 Tensor block_taps(const char* op, const Tensor& weight);

@@ -63,15 +63,13 @@ Tensor laid_out_like(const Tensor& dout, const Tensor& x) {
 
 }  // namespace
 
-Tensor block_conv_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+void block_conv_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                        const Tensor& out) {
   const char* op = "_causal_conv1d_fwd";
   CudaConvParams c;
   c.p = conv_params(op, x, weight, bias, std::nullopt, std::nullopt, x.size(0), true);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor out = empty_like_layout(x);
-  c.p.out = tensor_arg(op, "out", out, sizes_of(x), x);
+  c.p.out = tensor_arg(op, "out", out, shape_of(x), x);
   check_launch(op, conv_fwd_cuda(c, current_stream(x)));
-  return out;
 }
 
 FourTensors conv_backward(Tensor dout, OptionalTensor dfinal_states, Tensor x, Tensor weight,
@@ -94,17 +92,20 @@ FourTensors conv_backward(Tensor dout, OptionalTensor dfinal_states, Tensor x, T
   }
   Tensor dx = dx_into.has_value() ? *dx_into : empty_like_layout(x);
   Tensor dweight = new_floats(x, {d, p.width});
-  Tensor dbias = bias.has_value() ? new_floats(x, {d}) : absent(x);
+  Tensor dbias = bias.has_value() ? new_floats(x, {d}) : Tensor();
   p.dx = tensor_arg(op, "dx", dx, sizes_of(x), x);
   const Links links(op, p, x, seq_idx, stream);
   c.links = links.links;
-  Tensor gradient = conv_needs_gradient_cuda(c) ? new_floats(x, {p.batch, d, p.length}) : absent(x);
-  c.gradient = conv_needs_gradient_cuda(c) ? floats_of(gradient) : nullptr;
+  Tensor gradient;
+  if (conv_needs_gradient_cuda(c)) {
+    gradient = new_floats(x, {p.batch, d, p.length});
+    c.gradient = floats_of(gradient);
+  }
   Tensor partial = new_floats(x, {conv_groups_cuda(c), d, p.width + 1});
   c.partial = floats_of(partial);
   c.dweight = floats_of(dweight);
   c.dbias = bias.has_value() ? floats_of(dbias) : nullptr;
-  Tensor dinitial = initial_states.has_value() ? new_floats(x, state_sizes) : absent(x);
+  Tensor dinitial = initial_states.has_value() ? new_floats(x, state_sizes) : Tensor();
   p.dinitial = initial_states.has_value() ? floats_of(dinitial) : nullptr;
   check_launch(op, conv_bwd_cuda(c, stream));
   if (initial_states.has_value() && p.x.dtype != DType::kFloat32) {
@@ -118,8 +119,12 @@ namespace {
 FourTensors conv_bwd(Tensor dout, OptionalTensor dfinal_states, Tensor x, Tensor weight,
                      OptionalTensor bias, OptionalTensor initial_states, OptionalTensor seq_idx,
                      int64_t num_states, bool silu) {
-  return conv_backward(dout, dfinal_states, x, weight, bias, initial_states, seq_idx, num_states,
-                       silu, std::nullopt);
+  FourTensors all = conv_backward(dout, dfinal_states, x, weight, bias, initial_states, seq_idx,
+                                  num_states, silu, std::nullopt);
+  for (Tensor* t : {&std::get<2>(all), &std::get<3>(all)}) {
+    if (!t->defined()) *t = absent(x);
+  }
+  return all;
 }
 
 // Integers (count,) on the GPU as the kernel reads them; bytes is 0 for uint8.

@@ -5,14 +5,14 @@
 
 namespace mamba {
 
-FourTensors add_norm_forward(const char* op, const Tensor& x, const OptionalTensor& residual,
-                             const Tensor& weight, const OptionalTensor& bias, double eps,
-                             bool is_rms_norm, std::optional<ScalarType> residual_dtype) {
+void block_add_norm(const char* op, const Tensor& x, const OptionalTensor& residual,
+                    const Tensor& weight, const OptionalTensor& bias, double eps, bool is_rms_norm,
+                    const OptionalTensor& residual_out, const Tensor& y) {
   NormParams p = norm_params(op, x, residual, weight, bias, is_rms_norm);
   p.eps = static_cast<float>(eps);
-  NormResults r = allocate_norm_results(op, p, x, residual, residual_dtype);
+  p.y = tensor_arg(op, "y", y, {p.rows, p.size}, x);
+  p.residual_out = tensor_arg(op, "residual_out", residual_out, {p.rows, p.size}, x);
   check_launch(op, add_norm_fwd_cuda(p, current_stream(x)));
-  return {r.y, r.residual_out, r.mean, r.rstd};
 }
 
 namespace {
@@ -20,9 +20,13 @@ namespace {
 FourTensors add_norm_fwd_op(Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias,
                             double eps, bool is_rms_norm,
                             std::optional<ScalarType> residual_dtype) {
+  const char* op = "_add_norm_fwd";
+  NormParams p = norm_params(op, x, residual, weight, bias, is_rms_norm);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  return add_norm_forward("_add_norm_fwd", x, residual, weight, bias, eps, is_rms_norm,
-                          residual_dtype);
+  p.eps = static_cast<float>(eps);
+  NormResults r = allocate_norm_results(op, p, x, residual, residual_dtype);
+  check_launch(op, add_norm_fwd_cuda(p, current_stream(x)));
+  return {r.y, r.residual_out, r.mean, r.rstd};
 }
 
 FourTensors add_norm_bwd_op(Tensor dy, OptionalTensor dresidual_out, Tensor x,

@@ -76,8 +76,8 @@ class Layer {
   const Tensor* first_;
 };
 
-void keep_states(const BlockSizes& s, const BlockForward& f, const Tensor& conv,
-                 const Tensor& ssm) {
+void keep_states(const BlockSizes& s, const BlockForward& f, const Tensor& conv, const Tensor& ssm,
+                 void* stream) {
   BlockStates to;
   to.batch = s.b, to.length = s.length, to.channels = s.d;
   to.pitch = f.xz.size(1), to.width = conv.size(2), to.states = ssm.numel();
@@ -86,21 +86,58 @@ void keep_states(const BlockSizes& s, const BlockForward& f, const Tensor& conv,
   to.ssm_dtype = dtype_of(kOp, "ssm_states", ssm);
   to.rows = f.xz.data_ptr(), to.final_states = floats_of(f.final_state);
   to.conv = conv.data_ptr(), to.ssm = ssm.data_ptr();
-  check_launch(kOp, block_states_cuda(to, current_stream(f.xz)));
+  check_launch(kOp, block_states_cuda(to, stream));
 }
 
-// A of some layers from `layer` on.
-std::vector<Tensor> next_decays(const std::vector<Tensor>& weights, size_t layer, size_t layers) {
-  Converter convert{kOp, {}, {}};
-  std::vector<Tensor> all;
-  for (size_t i = layer; i < std::min<size_t>(layer + kMostConversions, layers); ++i) {
-    const Tensor& A_log = Layer(weights, i)[kALog];
-    all.push_back(new_floats(A_log, sizes_of(A_log)));
-    convert.add(A_log, all.back(), true);
+// A of some layers at once, in memory that the next ones take over.
+class Decays {
+ public:
+  Decays(const BlockSizes& s, const Tensor& like) {
+    const Tensor all = new_floats(like, {kMostConversions, s.d, s.n});
+    for (int64_t i = 0; i < kMostConversions; ++i) {
+      each_.push_back(view(all, {s.d, s.n}, {s.n, 1}, i * s.d * s.n));
+    }
   }
-  convert.run(current_stream(weights[0]));
-  return all;
-}
+
+  const Tensor& operator()(const std::vector<Tensor>& weights, size_t layer, size_t layers,
+                           void* stream) {
+    const size_t first = layer % kMostConversions;
+    if (first == 0) {
+      Converter convert{kOp, {}, {}};
+      for (size_t i = layer; i < std::min<size_t>(layer + kMostConversions, layers); ++i) {
+        convert.add(Layer(weights, i)[kALog], each_[i - layer], true);
+      }
+      convert.run(stream);
+    }
+    return each_[first];
+  }
+
+ private:
+  std::vector<Tensor> each_;
+};
+
+// Each sum of x and what went before, and the norm of it. The sums alternate between two memories.
+struct Norms {
+  double eps;
+  bool is_rms_norm;
+  ScalarType dtype;  // of the sums
+  Tensor y, sums[2];
+  OptionalTensor residual;
+  int next = 0;
+
+  // The first sum is the embedding itself, in that dtype.
+  void run(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+    if (!residual.has_value() && x.scalar_type() == dtype) {
+      block_add_norm(kOp, x, residual, weight, given(bias), eps, is_rms_norm, std::nullopt, y);
+      residual = x;
+      return;
+    }
+    Tensor& sum = sums[next];
+    if (!sum.defined()) sum = fresh(x, shape_of(x), dtype);
+    block_add_norm(kOp, x, residual, weight, given(bias), eps, is_rms_norm, sum, y);
+    residual = sum, next ^= 1;
+  }
+};
 
 Tensor prefill_layers(Tensor hidden, std::vector<Tensor> weights, double eps, bool is_rms_norm,
                       ScalarType residual_dtype, std::vector<Tensor> conv_states,
@@ -126,36 +163,28 @@ Tensor prefill_layers(Tensor hidden, std::vector<Tensor> weights, double eps, bo
   (void)tensor_arg(kOp, "norm_f.weight", weights[layers * kLayerWeights], {m}, hidden);
   (void)tensor_arg(kOp, "norm_f.bias", given(weights[layers * kLayerWeights + 1]), {m}, hidden);
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
-  Tensor x = view(contiguous_of(hidden), {b * length, m}, {m, 1});
-  const auto norm = [&](const Tensor& rows, OptionalTensor& residual, const Tensor& weight,
-                        const Tensor& bias) {
-    // The first sum is the embedding itself, in residual_dtype.
-    const auto dtype = residual.has_value() ? residual->scalar_type() : residual_dtype;
-    const FourTensors all =
-        add_norm_forward(kOp, rows, residual, weight, given(bias), eps, is_rms_norm, dtype);
-    residual = std::get<1>(all).numel() ? std::get<1>(all) : rows;
-    return std::get<0>(all);
-  };
-  OptionalTensor residual;
-  std::vector<Tensor> decays;
+  void* const stream = current_stream(hidden);
+  const Tensor embedding = view(contiguous_of(hidden), {b * length, m}, {m, 1});
+  const BlockForward f(s, embedding, m, length);
+  Norms norms{eps, is_rms_norm, residual_dtype, fresh(embedding, {b * length, m}), {}, {}};
+  Decays decays(s, embedding);
   for (size_t i = 0; i < layers; ++i) {
     const Layer w(weights, i);
-    if (i % kMostConversions == 0) decays = next_decays(weights, i, layers);
-    const Tensor rows = norm(x, residual, w[kNormWeight], w[kNormBias]);
-    const BlockForward f =
-        block_forward(s, rows,
-                      {w[kInProj], taps[i], w[kXProj], w[kDtProj], decays[i % kMostConversions],
-                       w[kD], w[kOutProj], given(w[kConvBias]), given(w[kDtBias])},
-                      length);
-    keep_states(s, f, conv_states[i], ssm_states[i]);
-    x = f.out;
+    norms.run(i == 0 ? embedding : f.out, w[kNormWeight], w[kNormBias]);
+    block_forward(norms.y,
+                  {w[kInProj], taps[i], w[kXProj], w[kDtProj], decays(weights, i, layers, stream),
+                   w[kD], w[kOutProj], given(w[kConvBias]), given(w[kDtBias])},
+                  length, f);
+    keep_states(s, f, conv_states[i], ssm_states[i], stream);
   }
   // The last step of each row is all that is read.
   const auto last = [&](const Tensor& rows) {
     return view(rows, {b, m}, {length * m, 1}, (length - 1) * m);
   };
-  OptionalTensor rest = last(*residual);
-  return norm(last(x), rest, weights[layers * kLayerWeights], weights[layers * kLayerWeights + 1]);
+  const Tensor y = fresh(embedding, {b, m});
+  block_add_norm(kOp, last(f.out), last(*norms.residual), weights[layers * kLayerWeights],
+                 given(weights[layers * kLayerWeights + 1]), eps, is_rms_norm, std::nullopt, y);
+  return y;
 }
 
 }  // namespace

@@ -37,8 +37,6 @@ void check_limits(const ScanCall& call) {
                   p.state_dim);
 }
 
-}  // namespace
-
 ThreeTensors selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
                                 OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias,
                                 bool delta_softplus, OptionalTensor initial_state,
@@ -69,6 +67,26 @@ ThreeTensors selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tens
   return {out, final_state, chunk_states};
 }
 
+}  // namespace
+
+void block_scan_forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                        const Tensor& C, const Tensor& D, const Tensor& z,
+                        const OptionalTensor& delta_bias, int64_t chunk_size, const Tensor& out,
+                        const Tensor& final_state, const Tensor& chunk_states) {
+  ScanCall call = scan_call("_selective_scan_fwd", u, delta, A, B, C, D, z, delta_bias, true,
+                            std::nullopt, std::nullopt, u.size(0), chunk_size);
+  check_limits(call);
+  ScanParams& p = call.p;
+  p.out = call.arg("out", out, {p.batch, p.channels, p.length}, u);
+  p.final_state = mutable_float_data(final_state);
+  p.chunk_states = mutable_float_data(chunk_states);
+  void* const stream = current_stream(u);
+  const CudaScanEvents events;
+  // A sequence without a step ends in the state it began with.
+  check_launch(call.op, fill_unused_states_cuda(p, events, nullptr, p.final_state, stream));
+  check_launch(call.op, scan_forward_cuda(p, events, stream));
+}
+
 namespace {
 
 // What the backward allocates beside its results.
@@ -79,7 +97,6 @@ struct BackwardMemory {
   int64_t left = 0;
 
   Tensor floats(const Sizes& sizes) { return fresh(like, sizes, ScalarType::Float); }
-  Tensor absent() { return mamba::absent(like); }
   // Scratch memory comes out of one allocation as long as that lasts.
   void reserve(int64_t count) {
     kept.push_back(floats({count}));
@@ -102,24 +119,31 @@ struct BackwardMemory {
   }
 };
 
-// Results that are sums over rows and segments, and what they are summed from.
-struct BackwardSums {
-  std::vector<PartialSum> sums;
+// Results that are sums over rows and segments or over slices, and what they are summed from.
+struct PendingSums {
+  BackwardSums sums;
   BackwardMemory& memory;
-  int64_t parts;
 
   // Returns the memory of the parts; `to` is the contiguous result.
-  float* add(const ScanCall& call, const char* name, const Tensor& to) {
-    PartialSum sum;
+  float* add_parts(const ScanCall& call, const char* name, const Tensor& to,
+                   const float* factor = nullptr) {
+    PartialSum& sum = sums.parts[sums.part_sums++];
     sum.to = call_arg(call, name, to);
-    sum.size = to.numel();
-    float* const from = memory.scratch({parts, sum.size});
+    sum.size = to.numel(), sum.factor = factor;
+    float* const from = memory.scratch({sums.part_count, sum.size});
     sum.from = from;
-    sums.push_back(sum);
+    return from;
+  }
+  // The same of what slices of channels share; `to` may have any strides.
+  float* add_slices(const ScanCall& call, const char* name, const Tensor& to, const Sizes& sizes) {
+    SliceSum& sum = sums.slices[sums.slice_sums++];
+    sum.to = call_arg(call, name, to);
+    float* const from = memory.scratch(sizes);
+    sum.from = from;
     return from;
   }
   static TensorArg call_arg(const ScanCall& call, const char* name, const Tensor& t) {
-    return tensor_arg(call.op, name, t, sizes_of(t), t);
+    return tensor_arg(call.op, name, t, shape_of(t), t);
   }
 };
 
@@ -162,8 +186,7 @@ NineTensors scan_backward(Tensor dout, OptionalTensor dfinal_state, Tensor u, Te
                           Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
                           OptionalTensor delta_bias, bool delta_softplus,
                           OptionalTensor initial_state, OptionalTensor seq_idx, int64_t num_states,
-                          int64_t chunk_size, Tensor chunk_states, OptionalTensor dz_into,
-                          bool ddelta_in_place) {
+                          int64_t chunk_size, Tensor chunk_states, const ScanGradientsInto& into) {
   ScanCall call = scan_call("_selective_scan_bwd", u, delta, A, B, C, D, z, delta_bias,
                             delta_softplus, initial_state, seq_idx, num_states, chunk_size);
   check_limits(call);
@@ -172,6 +195,8 @@ NineTensors scan_backward(Tensor dout, OptionalTensor dfinal_state, Tensor u, Te
   ScanParams& p = call.p;
   ScanGradients g;
   const Sizes bdl{p.batch, p.channels, p.length}, sdn{num_states, p.channels, p.state_dim};
+  STD_TORCH_CHECK(!into.dA_times_A || (A.is_contiguous() && p.A.dtype == DType::kFloat32), call.op,
+                  ": A must be contiguous and float32");
   g.dout = call.arg("dout", dout, bdl, u);
   g.dfinal_state = call.states("dfinal_state", dfinal_state, sdn);
   p.chunk_states = const_cast<float*>(
@@ -184,15 +209,14 @@ NineTensors scan_backward(Tensor dout, OptionalTensor dfinal_state, Tensor u, Te
 
   Tensor du = empty_like_layout(u);
   // A block has read the steps of its channels before it writes them.
-  Tensor ddelta = ddelta_in_place ? delta : empty_like_layout(delta);
-  Tensor dz = dz_into.has_value() ? *dz_into
-              : z.has_value()     ? empty_like_layout(*z)
-                                  : memory.absent();
+  Tensor ddelta = into.ddelta.defined() ? into.ddelta : empty_like_layout(delta);
+  Tensor dz = into.dz.defined() ? into.dz : z.has_value() ? empty_like_layout(*z) : Tensor();
   Tensor dA = memory.floats({p.channels, p.state_dim});
-  Tensor dB = fresh(B, sizes_of(B)), dC = fresh(C, sizes_of(C));
-  Tensor dD = D.has_value() ? memory.floats({p.channels}) : memory.absent();
-  Tensor dbias = delta_bias.has_value() ? memory.floats({p.channels}) : memory.absent();
-  Tensor dinitial = initial_state.has_value() ? memory.floats(sdn) : memory.absent();
+  Tensor dB = into.dB.defined() ? into.dB : fresh(B, shape_of(B));
+  Tensor dC = into.dC.defined() ? into.dC : fresh(C, shape_of(C));
+  Tensor dD = D.has_value() ? memory.floats({p.channels}) : Tensor();
+  Tensor dbias = delta_bias.has_value() ? memory.floats({p.channels}) : Tensor();
+  Tensor dinitial = initial_state.has_value() ? memory.floats(sdn) : Tensor();
   g.du = call.arg("du", du, bdl, u), g.ddelta = call.arg("ddelta", ddelta, bdl, u);
   if (z.has_value()) g.dz = call.arg("dz", dz, bdl, u);
   g.forward = p;
@@ -203,12 +227,15 @@ NineTensors scan_backward(Tensor dout, OptionalTensor dfinal_state, Tensor u, Te
   const Sizes slices{p.batch, plan.slices, p.state_dim, plan.padded_length};
   const Sizes segments{p.batch, plan.segments, p.channels, p.state_dim};
   memory.reserve(backward_scratch(parts, p, plan));
-  BackwardSums sums{{}, memory, parts};
-  g.dA = sums.add(call, "dA", dA);
-  if (D.has_value()) g.dD = sums.add(call, "dD", dD);
-  if (delta_bias.has_value()) g.ddelta_bias = sums.add(call, "ddelta_bias", dbias);
-  g.dB = p.constant_B ? sums.add(call, "dB", dB) : memory.scratch(slices);
-  g.dC = p.constant_C ? sums.add(call, "dC", dC) : memory.scratch(slices);
+  PendingSums pending{{}, memory};
+  pending.sums.part_count = parts;
+  g.dA = pending.add_parts(call, "dA", dA, into.dA_times_A ? float_data(A) : nullptr);
+  if (D.has_value()) g.dD = pending.add_parts(call, "dD", dD);
+  if (delta_bias.has_value()) g.ddelta_bias = pending.add_parts(call, "ddelta_bias", dbias);
+  g.dB =
+      p.constant_B ? pending.add_parts(call, "dB", dB) : pending.add_slices(call, "dB", dB, slices);
+  g.dC =
+      p.constant_C ? pending.add_parts(call, "dC", dC) : pending.add_slices(call, "dC", dC, slices);
 
   BackwardScratch scratch;
   if (plan.segments > 1) {
@@ -222,16 +249,7 @@ NineTensors scan_backward(Tensor dout, OptionalTensor dfinal_state, Tensor u, Te
     }
   }
   check_launch(call.op, scan_backward_cuda(g, device.events, plan, scratch, stream));
-  check_launch(call.op,
-               sum_parts_cuda(sums.sums.data(), static_cast<int>(sums.sums.size()), parts, stream));
-  if (!p.constant_B) {
-    const TensorArg to = BackwardSums::call_arg(call, "dB", dB);
-    check_launch(call.op, sum_slices_cuda(p, plan, g.dB, to, stream));
-  }
-  if (!p.constant_C) {
-    const TensorArg to = BackwardSums::call_arg(call, "dC", dC);
-    check_launch(call.op, sum_slices_cuda(p, plan, g.dC, to, stream));
-  }
+  check_launch(call.op, sum_backward_cuda(pending.sums, p, plan, stream));
   return {du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial};
 }
 
@@ -242,9 +260,13 @@ NineTensors selective_scan_bwd(Tensor dout, OptionalTensor dfinal_state, Tensor 
                                OptionalTensor delta_bias, bool delta_softplus,
                                OptionalTensor initial_state, OptionalTensor seq_idx,
                                int64_t num_states, int64_t chunk_size, Tensor chunk_states) {
-  return scan_backward(dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus,
-                       initial_state, seq_idx, num_states, chunk_size, chunk_states, std::nullopt,
-                       false);
+  NineTensors all =
+      scan_backward(dout, dfinal_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus,
+                    initial_state, seq_idx, num_states, chunk_size, chunk_states, {});
+  for (Tensor* t : {&std::get<5>(all), &std::get<6>(all), &std::get<7>(all), &std::get<8>(all)}) {
+    if (!t->defined()) *t = absent(u);
+  }
+  return all;
 }
 
 }  // namespace

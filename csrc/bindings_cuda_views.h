@@ -10,14 +10,13 @@ extern "C" AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTenso
 namespace mamba {
 
 // A view by strides; `offset` counts from the first element of t.
-inline Tensor view(const Tensor& t, const std::vector<int64_t>& sizes,
-                   const std::vector<int64_t>& strides, int64_t offset = 0) {
+inline Tensor view(const Tensor& t, const Shape& sizes, const Shape& strides, int64_t offset = 0) {
   int64_t start = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &start));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                     strides.data(), start + offset, &handle));
+      aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data,
+                                     strides.data, start + offset, &handle));
   return Tensor(handle);
 }
 

@@ -20,10 +20,10 @@ struct ScanCall {
   std::vector<Tensor> kept;
   const char* op;
 
-  TensorArg arg(const char* name, const Tensor& t, const Sizes& shape, const Tensor& like) {
+  TensorArg arg(const char* name, const Tensor& t, const Shape& shape, const Tensor& like) {
     return tensor_arg(op, name, t, shape, like);
   }
-  TensorArg arg(const char* name, const OptionalTensor& t, const Sizes& shape, const Tensor& like) {
+  TensorArg arg(const char* name, const OptionalTensor& t, const Shape& shape, const Tensor& like) {
     return tensor_arg(op, name, t, shape, like);
   }
 
@@ -86,7 +86,8 @@ inline ScanCall scan_call(const char* op, const Tensor& u, const Tensor& delta, 
   p.num_states = num_states, p.chunk_size = chunk_size;
   p.chunks = (p.length + chunk_size - 1) / chunk_size;
   p.delta_softplus = delta_softplus;
-  const Sizes bdl{p.batch, p.channels, p.length};
+  const int64_t bdl_sizes[] = {p.batch, p.channels, p.length};
+  const Shape bdl(bdl_sizes, 3);
   p.u = call.arg("u", u, bdl, u);
   p.delta = call.arg("delta", delta, bdl, u);
   p.z = call.arg("z", z, bdl, u);

@@ -73,13 +73,16 @@ def op_arguments(name: str, device: str, dtype: torch.dtype, full: bool, **sizes
                out_proj, dtype, 64)  # fmt: skip
     if name == "_mamba_block_fwd":
         return forward
-    out, rows, xz, x_dbl, A, y, states, _, *used = OPS._mamba_block_fwd.reference(*forward)
+    out, rows, xz, x_dbl, A, y, states, _, *used, conv, delta = OPS._mamba_block_fwd.reference(
+        *forward
+    )
     rows = rows if rows.dim() == 2 else hidden.flatten(0, 1)
     given = in_proj, x_proj, dt_proj, out_proj
     w_in, w_x, w_dt, w_out = (u if u.dim() == 2 else w for u, w in zip(used, given, strict=True))
     return (
-        out.flatten(0, 1), y if full else None, w_out, rows, xz, x_dbl, A, states, w_in,
-        conv_weight, conv_bias, w_x, w_dt, dt_bias, D, wide, wide, dtype, wide, wide,
+        out.flatten(0, 1), y if full else None, w_out, rows, xz, x_dbl, conv if full else None,
+        delta if full else None, A, states, w_in, conv_weight, conv_bias, w_x, w_dt, dt_bias, D,
+        wide, wide, dtype, wide, wide,
         63 if full else 5, 64,
     )  # fmt: skip
 
@@ -126,6 +129,15 @@ def test_weights_too_large_to_keep_give_the_same_bits(monkeypatch, device):
     kept = evaluate(run, inputs)
     monkeypatch.setattr(module, "SMALL_WEIGHT", 0)
     again = evaluate(run, inputs)
+    assert all(torch.equal(kept[key], again[key]) for key in kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_what_is_kept_or_computed_again_gives_the_same_bits(monkeypatch, dtype, device):
+    inputs = make(device, dtype)
+    kept = evaluate(mamba_block, inputs)
+    monkeypatch.setattr(module, "KEPT_BYTES", 0)
+    again = evaluate(mamba_block, inputs)
     assert all(torch.equal(kept[key], again[key]) for key in kept)
 
 

@@ -20,18 +20,6 @@ struct Conversions {
   int count = 0;
 };
 
-// dB and dC, contiguous (batch, n, length), become columns of rows (batch length, pitch), from
-// `column` on; and dA (count,) is multiplied by A.
-struct BlockColumns {
-  int64_t batch = 0, length = 0, states = 0, pitch = 0, column = 0;
-  DType dtype = DType::kFloat32;  // of dB, dC and the rows
-  const void *dB = nullptr, *dC = nullptr;
-  void* rows = nullptr;
-  int64_t count = 0;
-  float* dA = nullptr;
-  const float* A = nullptr;
-};
-
 // What a prompt leaves in a layer's caches: the convolution's last `width` inputs, of rows
 // (batch length, pitch), as (batch, channels, width), and the scan's final states, contiguous.
 struct BlockStates {

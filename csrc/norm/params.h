@@ -15,7 +15,7 @@ struct NormParams {
   TensorArg weight, bias;     // (size,); bias optional
   TensorArg y, residual_out;  // (rows, size), contiguous; residual_out optional
   float* mean = nullptr;      // (rows,), null for RMS norm
-  float* rstd = nullptr;      // (rows,)
+  float* rstd = nullptr;      // (rows,); null where only a forward follows
 
   // Backward; mean and rstd are read, with these strides.
   int64_t mean_stride = 1, rstd_stride = 1;

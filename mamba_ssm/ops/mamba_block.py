@@ -165,12 +165,22 @@ def _forward_in_one(ctx, t: BlockArgs, keep_states: bool) -> Tensor:
         t.D, t.out_proj, ctx.in_one, ctx.chunk_size,
     )  # fmt: skip
     if keep_states:
-        saved, used = saved[:5], saved[6:]
+        saved, used, again = saved[:5], saved[6:10], saved[10:]
         rows = rows if rows.dim() == 2 else None  # None: hidden itself
         # Absent ones came in the dtype they were used in.
         used = [u if 0 < u.numel() <= SMALL_WEIGHT else None for u in used]
-        ctx.save_for_backward(*t, rows, *saved, *used)
+        again = again if _bytes(saved[0]) <= KEPT_BYTES else (None, None)
+        ctx.save_for_backward(*t, rows, *saved, *used, *again)
     return out
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+# Bytes of xz up to which a backward gets delta and the convolution's output. Beyond, computing them
+# again costs less than their memory; below, the host's time for that is the cost.
+KEPT_BYTES = 1 << 20
 
 
 # Bytes of xz up to which a backward is one call. Beyond, the host's time is hidden behind the
@@ -194,10 +204,10 @@ def _backward_in_one(ctx, saved: list[Tensor | None], dout: Tensor) -> dict[str,
     """Gradients of BlockArgs by name. ``saved`` is emptied."""
     wanted = BlockArgs(*ctx.needs_input_grad[3:])
     t = BlockArgs(*saved[: len(BlockArgs._fields)])
-    rows, xz, x_dbl, A, y, states, in_proj, x_proj, dt_proj, out_proj = saved[len(t) :]
+    rows, xz, x_dbl, A, y, states, in_proj, x_proj, dt_proj, out_proj, *again = saved[len(t) :]
     saved.clear()
     dtype, d = xz.dtype, {}
-    staged = xz.numel() * xz.element_size() > ONE_CALL_BYTES
+    staged = _bytes(xz) > ONE_CALL_BYTES
     rows = t.hidden.view(xz.shape[0], -1) if rows is None else rows
     d_rows = dout.reshape(xz.shape[0], dout.shape[2])
     d_rows = d_rows if d_rows.dtype == dtype else d_rows.to(dtype)
@@ -221,8 +231,9 @@ def _backward_in_one(ctx, saved: list[Tensor | None], dout: Tensor) -> dict[str,
         d["hidden"], d["in_proj"], d["conv_weight"], d["conv_bias"], d["x_proj"], d["dt_proj"],
         d["dt_bias"], d["A_log"], d["D"], d_out, dxz,
     ) = op(
-        d_rows, y, out_proj, rows, xz, x_dbl, A, states, in_proj, t.conv_weight, t.conv_bias,
-        x_proj, dt_proj, t.dt_bias, t.D, t.hidden.dtype, _gradient_dtype(t.in_proj, dtype),
+        d_rows, y, out_proj, rows, xz, x_dbl, *again, A, states, in_proj, t.conv_weight,
+        t.conv_bias, x_proj, dt_proj, t.dt_bias, t.D,
+        t.hidden.dtype, _gradient_dtype(t.in_proj, dtype),
         _gradient_dtype(t.x_proj, dtype), _gradient_dtype(t.dt_proj, dtype),
         _gradient_dtype(t.out_proj, dtype), bits, ctx.chunk_size,
     )  # fmt: skip

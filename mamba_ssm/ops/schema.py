@@ -194,12 +194,15 @@ def _block_fwd_fake(
         new(b, _number_of_chunks(length, chunk_size), d, n, dtype=acc),
         new(b, d, n, dtype=acc),
         *used,
+        new(b * length, d),
+        new(b * length, d),
     )
 
 
 def _block_bwd_fake(
-    d_rows, y, out_proj, rows, xz, x_dbl, A, states, in_proj, conv_weight, conv_bias, x_proj,
-    dt_proj, dt_bias, D, hidden_dtype, in_dtype, x_dtype, dt_dtype, out_dtype, wanted, chunk_size,
+    d_rows, y, out_proj, rows, xz, x_dbl, conv, delta, A, states, in_proj, conv_weight, conv_bias,
+    x_proj, dt_proj, dt_bias, D, hidden_dtype, in_dtype, x_dtype, dt_dtype, out_dtype, wanted,
+    chunk_size,
 ):  # fmt: skip
     wide = torch.promote_types(xz.dtype, torch.float32)
 
@@ -373,16 +376,18 @@ OPS: tuple[Op, ...] = (
         "Tensor dt_proj, Tensor? dt_bias, Tensor A_log, Tensor D, Tensor out_proj, "
         "ScalarType dtype, SymInt chunk_size) -> (Tensor out, Tensor rows, Tensor xz, "
         "Tensor x_dbl, Tensor A, Tensor y, Tensor states, Tensor final_state, Tensor in_used, "
-        "Tensor x_used, Tensor dt_used, Tensor out_used)",
+        "Tensor x_used, Tensor dt_used, Tensor out_used, Tensor conv, Tensor delta)",
         "the mixer of hidden (b,l,m) in dtype: out (b,l,e); what its backward needs as rows "
-        "(b l,·), and hidden's rows and the weights in dtype, absent where they came so",
+        "(b l,·), and hidden's rows and the weights in dtype, absent where they came so; conv and "
+        "delta, which it computes again if they are not given",
         _ref_block.mamba_block_fwd,
         _block_fwd_fake,
     ),
     Op(
         "_mamba_block_bwd",
         "(Tensor d_rows, Tensor? y, Tensor out_proj, Tensor? rows, Tensor xz, Tensor x_dbl, "
-        "Tensor A, Tensor states, Tensor? in_proj, Tensor conv_weight, Tensor? conv_bias, "
+        "Tensor? conv, Tensor? delta, Tensor A, Tensor states, Tensor? in_proj, "
+        "Tensor conv_weight, Tensor? conv_bias, "
         "Tensor x_proj, Tensor dt_proj, Tensor? dt_bias, Tensor D, ScalarType hidden_dtype, "
         "ScalarType in_dtype, ScalarType x_dtype, ScalarType dt_dtype, ScalarType out_dtype, "
         "int wanted, SymInt chunk_size) -> "

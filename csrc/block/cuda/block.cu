@@ -31,39 +31,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr int kTile = 32;
-
-// A block: 32 steps of one row of the batch, through shared memory so that both sides are read and
-// written in runs. Its first threads do a share of dA.
-__global__ void __launch_bounds__(kThreads)
-    block_columns_kernel(const __grid_constant__ BlockColumns c) {
-  __shared__ float tile[kTile][kTile + 1];
-  const int64_t tiles = (c.length + kTile - 1) / kTile;
-  const int64_t row = blockIdx.x / tiles, start = blockIdx.x % tiles * kTile;
-  const int lane = threadIdx.x % kTile, line = threadIdx.x / kTile;
-  for (int64_t first = 0; first < 2 * c.states; first += kTile) {
-    for (int k = line; k < kTile; k += kThreads / kTile) {
-      const int64_t state = first + k, t = start + lane;
-      if (state >= 2 * c.states || t >= c.length) continue;
-      const bool is_C = state >= c.states;
-      const int64_t at = (row * c.states + state - (is_C ? c.states : 0)) * c.length + t;
-      tile[k][lane] = load_float(is_C ? c.dC : c.dB, c.dtype, at);
-    }
-    __syncthreads();
-    for (int k = line; k < kTile; k += kThreads / kTile) {
-      const int64_t state = first + lane, t = start + k;
-      if (state >= 2 * c.states || t >= c.length) continue;
-      store_float(c.rows, c.dtype, (row * c.length + t) * c.pitch + c.column + state,
-                  tile[lane][k]);
-    }
-    __syncthreads();
-  }
-  const int64_t step = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < c.count; i += step) {
-    c.dA[i] *= c.A[i];
-  }
-}
-
 __global__ void __launch_bounds__(kThreads)
     block_states_kernel(const __grid_constant__ BlockStates s) {
   const int64_t step = int64_t{gridDim.x} * kThreads;
@@ -88,6 +55,13 @@ const char* launched() {
 
 }  // namespace
 
+const char* enter_device_cuda() {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 const char* convert_cuda(const Conversions& c, void* stream) {
   int64_t most = 0;
   for (int i = 0; i < c.count; ++i) most = c.all[i].count > most ? c.all[i].count : most;
@@ -95,14 +69,6 @@ const char* convert_cuda(const Conversions& c, void* stream) {
   const int64_t blocks = (most + kThreads * kVector - 1) / (kThreads * kVector);
   const dim3 grid(static_cast<unsigned>(blocks < 8192 ? blocks : 8192), c.count);
   convert_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(c);
-  return launched();
-}
-
-const char* block_columns_cuda(const BlockColumns& c, void* stream) {
-  const int64_t blocks = c.batch * ((c.length + kTile - 1) / kTile);
-  if (blocks == 0) return nullptr;
-  block_columns_kernel<<<static_cast<unsigned>(blocks), kThreads, 0,
-                         static_cast<cudaStream_t>(stream)>>>(c);
   return launched();
 }
 

@@ -6,8 +6,10 @@
 
 namespace mamba {
 
+// Makes the current device this thread's, which a kernel does by itself: torch warns where a
+// thread's first work on a GPU is a matrix product.
+const char* enter_device_cuda();
 const char* convert_cuda(const Conversions& c, void* stream);
-const char* block_columns_cuda(const BlockColumns& c, void* stream);
 const char* block_states_cuda(const BlockStates& s, void* stream);
 
 }  // namespace mamba

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
     const float rstd = rsqrtf(variance + a.p.eps);
     if (threadIdx.x == 0) {
-      a.p.rstd[row] = rstd;
+      if (a.p.rstd) a.p.rstd[row] = rstd;
       if (a.p.mean) a.p.mean[row] = mean;
     }
 #pragma unroll

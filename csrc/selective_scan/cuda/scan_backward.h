@@ -48,17 +48,30 @@ const char* scan_backward_cuda(const ScanGradients& g, const CudaScanEvents& eve
                                const BackwardPlan& plan, const BackwardScratch& scratch,
                                void* stream);
 
-// to[i] = the sum over `parts` rows of from, (parts, size), in order; `to` is contiguous.
+// to[i] = the sum over the parts of from, (parts, size), in order, times `factor` (size,) if given;
+// `to` is contiguous.
 struct PartialSum {
   const float* from = nullptr;
+  const float* factor = nullptr;
   TensorArg to;
   int64_t size = 0;
 };
-constexpr int kMaxPartialSums = 5;
-const char* sum_parts_cuda(const PartialSum* sums, int count, int64_t parts, void* stream);
 
-// Sums (b, slices, n, padded_length) over the slices of a group into contiguous (b, g, n, l).
-const char* sum_slices_cuda(const ScanParams& p, const BackwardPlan& plan, const float* from,
-                            const TensorArg& to, void* stream);
+// Sums (b, slices, n, padded_length) over the slices of a group into (b, g, n, l).
+struct SliceSum {
+  const float* from = nullptr;
+  TensorArg to;
+};
+
+// All sums of a backward, in one launch.
+struct BackwardSums {
+  static constexpr int kMostParts = 5, kMostSlices = 2;
+  PartialSum parts[kMostParts];
+  SliceSum slices[kMostSlices];
+  int part_sums = 0, slice_sums = 0;
+  int64_t part_count = 0;
+};
+const char* sum_backward_cuda(const BackwardSums& sums, const ScanParams& p,
+                              const BackwardPlan& plan, void* stream);
 
 }  // namespace mamba

@@ -63,7 +63,9 @@ def mamba_block_fwd(
     made = zip((w_in, w_x, w_dt, w_out), weights, strict=True)
     copied = rows.dtype != hidden.dtype or not hidden.is_contiguous()
     kept = rows.contiguous() if copied else rows.new_empty((0,))
-    return out, kept, xz, x_dbl, A, y, states, final_state, *(_made(*pair) for pair in made)
+    used = (_made(*pair) for pair in made)
+    again = (_rows(conv).contiguous(), _rows(delta).contiguous())
+    return out, kept, xz, x_dbl, A, y, states, final_state, *used, *again
 
 
 def mamba_block_bwd(
@@ -73,6 +75,8 @@ def mamba_block_bwd(
     rows: Tensor | None,
     xz: Tensor,
     x_dbl: Tensor,
+    conv: Tensor | None,
+    delta: Tensor | None,
     A: Tensor,
     states: Tensor,
     in_proj: Tensor | None,
@@ -100,8 +104,11 @@ def mamba_block_bwd(
         return a.float() @ b.float() if wide else a @ b
 
     x, taps = _sequences(xz[:, : D.shape[0]], b), conv_weight.flatten(1)
-    conv, _ = causal_conv1d_fwd(x, taps, conv_bias, None, None, b, True)
-    delta = _sequences(x_dbl[:, :rank] @ dt_proj.t(), b)
+    if conv is None:
+        conv = _rows(causal_conv1d_fwd(x, taps, conv_bias, None, None, b, True)[0])
+    if delta is None:
+        delta = x_dbl[:, :rank] @ dt_proj.t()
+    conv, delta = _sequences(conv, b), _sequences(delta, b)
     inputs = _scan_inputs(conv, delta, xz, x_dbl, A, D, dt_bias, chunk_size)
     du, ddelta, dA, dB, dC, dD, dz, d_dt_bias, _ = selective_scan_bwd(
         _sequences(d_rows @ out_proj, b), None, *inputs, states
