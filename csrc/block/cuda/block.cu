@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #include "../../common/cuda_vector.cuh"
 
 namespace mamba {
@@ -9,25 +11,31 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// blockIdx.y: which of them.
+// The blocks of each conversion: as many as its elements need, because they differ by thousands and
+// even a block that finds nothing to do takes its time.
+struct ConversionBlocks {
+  unsigned end[kMostConversions];
+};
+
 __global__ void __launch_bounds__(kThreads)
-    convert_kernel(const __grid_constant__ Conversions conversions) {
-  const Conversion& c = conversions.all[blockIdx.y];
-  const int64_t step = int64_t{gridDim.x} * kThreads * kVector;
+    convert_kernel(const __grid_constant__ Conversions conversions,
+                   const __grid_constant__ ConversionBlocks blocks) {
+  int which = 0;
+  while (blockIdx.x >= blocks.end[which]) ++which;
+  const Conversion& c = conversions.all[which];
+  const unsigned block = blockIdx.x - (which > 0 ? blocks.end[which - 1] : 0);
   const bool aligned =
       reinterpret_cast<uintptr_t>(c.from) % 16 == 0 && reinterpret_cast<uintptr_t>(c.to) % 16 == 0;
-  for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVector; i < c.count;
-       i += step) {
-    if (aligned && !c.negative_exp && i + kVector <= c.count) {
-      float v[kVector];
-      load_aligned<kVector>(v, c.from, c.from_dtype, i);
-      store_aligned<kVector>(v, c.to, c.to_dtype, i);
-      continue;
-    }
-    for (int64_t k = i; k < i + kVector && k < c.count; ++k) {
-      const float v = load_float(c.from, c.from_dtype, k);
-      store_float(c.to, c.to_dtype, k, c.negative_exp ? -expf(v) : v);
-    }
+  const int64_t i = (int64_t{block} * kThreads + threadIdx.x) * kVector;
+  if (aligned && !c.negative_exp && i + kVector <= c.count) {
+    float v[kVector];
+    load_aligned<kVector>(v, c.from, c.from_dtype, i);
+    store_aligned<kVector>(v, c.to, c.to_dtype, i);
+    return;
+  }
+  for (int64_t k = i; k < i + kVector && k < c.count; ++k) {
+    const float v = load_float(c.from, c.from_dtype, k);
+    store_float(c.to, c.to_dtype, k, c.negative_exp ? -expf(v) : v);
   }
 }
 
@@ -63,12 +71,16 @@ const char* enter_device_cuda() {
 }
 
 const char* convert_cuda(const Conversions& c, void* stream) {
-  int64_t most = 0;
-  for (int i = 0; i < c.count; ++i) most = c.all[i].count > most ? c.all[i].count : most;
-  if (most == 0) return nullptr;
-  const int64_t blocks = (most + kThreads * kVector - 1) / (kThreads * kVector);
-  const dim3 grid(static_cast<unsigned>(blocks < 8192 ? blocks : 8192), c.count);
-  convert_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(c);
+  ConversionBlocks blocks{};
+  int64_t all = 0;
+  for (int i = 0; i < c.count; ++i) {
+    all += (c.all[i].count + kThreads * kVector - 1) / (kThreads * kVector);
+    if (all > INT32_MAX) return "more elements than one launch converts";
+    blocks.end[i] = static_cast<unsigned>(all);
+  }
+  if (all == 0) return nullptr;
+  convert_kernel<<<static_cast<unsigned>(all), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      c, blocks);
   return launched();
 }
 
