@@ -15,32 +15,34 @@ from torch import Tensor, nn
 from mamba_ssm.inference.int8 import Int8Linear
 from mamba_ssm.inference.served import NotServed, check_model, check_process
 from mamba_ssm.ops import backend
+from mamba_ssm.ops.client_layers import tensor_of
 from mamba_ssm.ops.decode_weights import LAYER_INT8, TAIL_INT8
 
 _OP = "_decode_step_weights"
 
 
 def _matrix(linear: nn.Module) -> Tensor:
-    return linear.quantized if isinstance(linear, Int8Linear) else linear.weight
+    return linear.quantized if isinstance(linear, Int8Linear) else tensor_of(linear, "weight")
 
 
 def layer_weights(block: nn.Module) -> list[Tensor | None]:
     """A block's tensors in the order of ``ops.decode_weights.LAYER_WEIGHTS``, None if absent."""
-    mixer = block.mixer
+    norm, mixer = block._modules["norm"], block._modules["mixer"]
+    part = mixer._modules
     return [
-        block.norm.weight,
-        block.norm.bias,
-        _matrix(mixer.in_proj),
-        mixer.in_proj.bias,
-        mixer.conv1d.weight,
-        mixer.conv1d.bias,
-        _matrix(mixer.x_proj),
-        mixer.dt_proj.weight,
-        mixer.dt_proj.bias,
-        mixer.A_log,
-        mixer.D,
-        _matrix(mixer.out_proj),
-        mixer.out_proj.bias,
+        tensor_of(norm, "weight"),
+        norm.bias,
+        _matrix(part["in_proj"]),
+        tensor_of(part["in_proj"], "bias"),
+        tensor_of(part["conv1d"], "weight"),
+        tensor_of(part["conv1d"], "bias"),
+        _matrix(part["x_proj"]),
+        tensor_of(part["dt_proj"], "weight"),
+        tensor_of(part["dt_proj"], "bias"),
+        tensor_of(mixer, "A_log"),
+        tensor_of(mixer, "D"),
+        _matrix(part["out_proj"]),
+        tensor_of(part["out_proj"], "bias"),
     ]
 
 
@@ -72,14 +74,14 @@ def _check_int8(model: nn.Module) -> bool:
 
 def _check_sizes(model: nn.Module, tensors: list[Tensor], batch_size: int) -> None:
     backbone = model.backbone
-    mixers = [block.mixer for block in backbone.layers]
+    mixers = [block._modules["mixer"] for block in backbone.layers]
     devices = {t.device for t in tensors}
     if len(devices) > 1:
         raise NotServed("the weights are on more than one GPU")
     if any(not t.is_contiguous() or t.data_ptr() % 16 for t in tensors):
         raise NotServed("not all weights are contiguous and aligned to 16 bytes")
     for name in ("A_log", "D"):
-        if len({getattr(mixer, name).dtype for mixer in mixers}) > 1:
+        if len({tensor_of(mixer, name).dtype for mixer in mixers}) > 1:
             raise NotServed(f"{name} has several dtypes")
     if len({norm.eps for norm in (backbone.norm_f, *(b.norm for b in backbone.layers))}) > 1:
         raise NotServed("the norms differ in eps")

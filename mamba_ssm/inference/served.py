@@ -21,6 +21,7 @@ from mamba_ssm.modules.dt_projection import DtProjection
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.modules.sequence_args import is_plain
 from mamba_ssm.ops import backend
+from mamba_ssm.ops.client_layers import tensor_of
 from mamba_ssm.ops.layer_norm import RMSNorm
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,7 +89,7 @@ def _leaves(
         _check_plain(f"layer {i}", block, Block)
         if block.mlp is not None:
             raise NotServed(f"layer {i} has an MLP")
-        mixer, norm = block.mixer, block.norm
+        mixer, norm = block._modules["mixer"], block._modules["norm"]
         _check_plain(f"layer {i}'s mixer", mixer, Mamba)
         if mixer.layer_idx != i or mixer.activation not in ("silu", "swish"):
             raise NotServed(f"layer {i}'s mixer was changed")
@@ -161,21 +162,22 @@ def _check_model(model: nn.Module, device_type: str, with_int8: bool) -> list[Te
         raise NotServed("the model has no layers")
     floats: list[Tensor] = []
     leaves = _leaves(model, (nn.Linear, Int8Linear) if with_int8 else (nn.Linear,))
-    others = [t for block in backbone.layers for t in (block.mixer.A_log, block.mixer.D)]
+    mixers = [block._modules["mixer"] for block in backbone.layers]
+    others = [tensor_of(mixer, name) for mixer in mixers for name in ("A_log", "D")]
     for name, module, kinds in leaves:
         _check_plain(name, module, *kinds)
         if isinstance(module, Int8Linear):
             others += [module.quantized, module.scales]
         elif is_plain(module, *kinds):
-            floats.append(module.weight)
+            floats.append(tensor_of(module, "weight"))
         else:
             raise NotServed(f"{name} is not plain any more (parametrized, or another tensor type)")
-        bias = getattr(module, "bias", None)
+        own = module._parameters
+        bias = own["bias"] if "bias" in own else getattr(module, "bias", None)
         if bias is not None:
             floats.append(bias)
     if backbone.embedding.max_norm is not None:
         raise NotServed("the embedding renormalises its rows")
-    mixers = [block.mixer for block in backbone.layers]
     sizes = {(m.d_inner, m.d_state, m.d_conv, m.dt_rank) for m in mixers}
     if len(sizes) > 1:
         raise NotServed("the layers differ in size")

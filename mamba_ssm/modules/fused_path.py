@@ -9,6 +9,7 @@ from torch import nn
 
 from mamba_ssm.modules.sequence_args import is_plain
 from mamba_ssm.ops import mamba_inner
+from mamba_ssm.ops.client_layers import tensor_of
 from mamba_ssm.ops.linear import linear
 from mamba_ssm.ops.mamba_block import block_applies, mamba_block, mamba_block_with_state
 
@@ -32,17 +33,17 @@ def _weights(layer: nn.Module) -> tuple[torch.Tensor | None, ...]:
         part["in_proj"], part["conv1d"], part["dt_proj"], part["out_proj"]
     )  # fmt: skip
     return (
-        in_proj.weight,
-        in_proj.bias,
-        conv1d.weight,
-        conv1d.bias,
-        part["x_proj"].weight,
-        dt_proj.weight,
-        dt_proj.bias,
-        layer.A_log,
-        layer.D,
-        out_proj.weight,
-        out_proj.bias,
+        tensor_of(in_proj, "weight"),
+        tensor_of(in_proj, "bias"),
+        tensor_of(conv1d, "weight"),
+        tensor_of(conv1d, "bias"),
+        tensor_of(part["x_proj"], "weight"),
+        tensor_of(dt_proj, "weight"),
+        tensor_of(dt_proj, "bias"),
+        tensor_of(layer, "A_log"),
+        tensor_of(layer, "D"),
+        tensor_of(out_proj, "weight"),
+        tensor_of(out_proj, "bias"),
     )
 
 

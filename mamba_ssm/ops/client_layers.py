@@ -25,15 +25,23 @@ def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     Not so for LoRA and other replacements, quantised weights (another module type, or a tensor
     subclass), hooks, parametrizations and an overridden ``forward``.
     """
-    return (
-        type(module) in kinds
-        and type(module.weight) in (nn.Parameter, torch.Tensor)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
-    )
+    if type(module) not in kinds:
+        return False
+    # Past Module.__getattr__: every layer asks this several times a call.
+    own = module.__dict__
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    ) and type(tensor_of(module, "weight")) in (nn.Parameter, torch.Tensor)
+
+
+def tensor_of(module: nn.Module, name: str) -> torch.Tensor | None:
+    """``getattr(module, name)``, at a part of its cost where it is a parameter."""
+    own = module.__dict__["_parameters"]
+    return own[name] if name in own else getattr(module, name)
 
 
 def _is_mixer(module: object) -> bool:

@@ -220,10 +220,31 @@ def record(
 
 def _capture_key(model: nn.Module, batch_size: int) -> tuple:
     """The memory that a graph reads, autocast, and what the model adds in `_graph_key()`."""
-    addresses = tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
+    addresses = tuple(t.data_ptr() for t in _tensors(model))
     autocast = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
     extra = model._graph_key(batch_size) if hasattr(model, "_graph_key") else ()
     return (addresses, autocast, extra)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, in an order of this function's own.
+
+    torch's iterators walk over the modules twice, in generators as deep as the modules are nested,
+    which takes the host several times as long before every prompt.
+    """
+    if not isinstance(model, nn.Module):  # a client's wrapper, which answers for what it wraps
+        return [*model.parameters(), *model.buffers()]
+    waiting, seen, found = [model], set(), []
+    while waiting:
+        module = waiting.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        own = module.__dict__
+        found += own["_parameters"].values()
+        found += own["_buffers"].values()
+        waiting += own["_modules"].values()
+    return [t for t in found if t is not None]
 
 
 def has_attention(model: nn.Module) -> bool:
