@@ -1,6 +1,8 @@
 // Eight neighbouring elements of a row as floats, 16 bytes an access where the row allows it.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda_convert.cuh"
 
 namespace mamba {
@@ -59,6 +61,30 @@ __device__ __forceinline__ void load_aligned(float (&v)[N], const void* data, DT
     v[2 * i] = two.x, v[2 * i + 1] = two.y;
   }
 }
+
+// The same in two steps: what is loaded is on its way until `floats` asks for it.
+template <int N>
+struct RawFloats {
+  static_assert(N == 2 || N == 8, "a vector holds two or eight elements");
+  uint32_t words[N];
+
+  __device__ __forceinline__ void load(const void* data, DType dtype, int64_t offset) {
+    using Vector = std::conditional_t<N == 2, uint32_t, uint4>;  // N halves
+    constexpr int kWords = sizeof(Vector) / 4;
+    const bool wide = dtype == DType::kFloat32;
+    const auto* from =
+        reinterpret_cast<const Vector*>(static_cast<const char*>(data) + offset * (wide ? 4 : 2));
+    *reinterpret_cast<Vector*>(words) = __ldg(from);
+    if (wide) *reinterpret_cast<Vector*>(words + kWords) = __ldg(from + 1);
+  }
+  __device__ __forceinline__ void floats(float (&v)[N], DType dtype) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float2 two = halves_to_floats(words[i / 2], dtype == DType::kBFloat16);
+      v[i] = dtype == DType::kFloat32 ? __uint_as_float(words[i]) : i % 2 ? two.y : two.x;
+    }
+  }
+};
 
 template <int N>
 __device__ __forceinline__ void store_aligned(const float (&v)[N], void* data, DType dtype,

@@ -77,7 +77,9 @@ const char* mixer_step_refusal(const MixerStepParams& p) {
   return nullptr;
 }
 
-bool step_project_serves(const MixerStepParams& p) { return p.channels <= kMostProjectChannels; }
+bool step_project_serves(const MixerStepParams& p) {
+  return p.channels <= kMostProjectChannels && chains_work();
+}
 
 const char* step_project_cuda(const MixerStepParams& p, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);

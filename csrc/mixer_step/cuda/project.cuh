@@ -164,6 +164,26 @@ __device__ __forceinline__ void project_share(const MixerStepParams& p,
   }
 }
 
+// The convolution's weights and biases, a pair of channels a thread.
+template <typename T>
+__device__ __forceinline__ void load_taps(const MixerStepParams& p, const ProjectShared<T>& shared,
+                                          int64_t start) {
+  for (int i = threadIdx.x; i < shared.share / 2; i += kProjectThreads) {
+    RawFloats<2 * kStepWidth> weights;
+    RawFloats<2> biases;
+    weights.load(p.conv_weight.data, p.conv_weight.dtype, (start + 2 * i) * kStepWidth);
+    if (p.conv_bias.data) biases.load(p.conv_bias.data, p.conv_bias.dtype, start + 2 * i);
+    float taps[2 * kStepWidth], bias[2] = {};
+    weights.floats(taps, p.conv_weight.dtype);
+    if (p.conv_bias.data) biases.floats(bias, p.conv_bias.dtype);
+    float4* const to = reinterpret_cast<float4*>(shared.taps) + 2 * i;
+    to[0] = make_float4(taps[0], taps[1], taps[2], taps[3]);
+    to[1] = make_float4(taps[4], taps[5], taps[6], taps[7]);
+    reinterpret_cast<float2*>(shared.taps + kStepWidth * shared.share)[i] =
+        make_float2(bias[0], bias[1]);
+  }
+}
+
 // Weights are not in the cache when their layer's turn comes. The clusters share the work of asking
 // for x_proj's.
 template <typename T>
@@ -206,13 +226,7 @@ __global__ void __launch_bounds__(kProjectThreads, 1)
   ProjectWeights weights;
   weights.load<T>(p, start, 0, min(warp, share / 32 - 1));
   fetch_projection<T>(p, start, share);
-  for (int i = threadIdx.x; i < share; i += kProjectThreads) {
-    float taps[kStepWidth];
-    load_aligned<4>(taps, p.conv_weight.data, p.conv_weight.dtype, (start + i) * kStepWidth);
-    reinterpret_cast<float4*>(shared.taps)[i] = make_float4(taps[0], taps[1], taps[2], taps[3]);
-    shared.taps[share * kStepWidth + i] =
-        p.conv_bias.data ? load_float(p.conv_bias.data, p.conv_bias.dtype, start + i) : 0.0f;
-  }
+  load_taps(p, shared, start);
   __syncthreads();
   start_next();
   for (int base = threadIdx.x % kStretch; base < share / 2; base += kStretch * kPairsAtOnce) {

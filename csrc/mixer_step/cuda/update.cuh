@@ -54,6 +54,13 @@ struct UpdateRows {
   uint4 pieces[kPieces];
 };
 
+// What a lane has of its channel, and of the pair of channels that it computes delta of. Converted
+// only when all loads are under way: they come from memory one after the other else.
+struct UpdateParameters {
+  RawFloats<kEachLane> A_log;
+  RawFloats<2> D, bias;
+};
+
 template <typename T, typename TState>
 struct UpdateBlock {
   const MixerStepParams& p;
@@ -126,15 +133,20 @@ struct UpdateBlock {
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
-  __device__ __forceinline__ void load_parameters() {
-    load_aligned<kEachLane>(A, p.A_log.data, p.A_log.dtype,
-                            channel * kStepStates + threadIdx.x % 2 * kEachLane);
-    D = load_float(p.D.data, p.D.dtype, channel);
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      bias[c] =
-          p.dt_bias.data ? load_float(p.dt_bias.data, p.dt_bias.dtype, channel / 2 * 2 + c) : 0.0f;
-    }
+  __device__ __forceinline__ void load_parameters(UpdateParameters& raw) const {
+    const uint32_t pair = channel / 2 * 2;
+    raw.A_log.load(p.A_log.data, p.A_log.dtype,
+                   channel * kStepStates + threadIdx.x % 2 * kEachLane);
+    raw.D.load(p.D.data, p.D.dtype, pair);
+    if (p.dt_bias.data) raw.bias.load(p.dt_bias.data, p.dt_bias.dtype, pair);
+  }
+  __device__ __forceinline__ void take_parameters(const UpdateParameters& raw) {
+    raw.A_log.floats(A, p.A_log.dtype);
+    float two[2];
+    raw.D.floats(two, p.D.dtype);
+    D = channel % 2 != 0 ? two[1] : two[0];
+    bias[0] = bias[1] = 0.0f;
+    if (p.dt_bias.data) raw.bias.floats(bias, p.dt_bias.dtype);
 #pragma unroll
     for (int j = 0; j < kEachLane; ++j) A[j] = -1.44269504088896341f * expf(A[j]);
   }
@@ -226,10 +238,12 @@ __global__ void __launch_bounds__(kUpdateThreads)
   UpdateRows<T, TState> rows;
   block.load_weight();
   block.load_old(rows, begin);
-  block.load_parameters();
+  UpdateParameters parameters;
+  block.load_parameters(parameters);
   wait_for_previous();
   start_next();
   block.load_new(rows, begin);
+  block.take_parameters(parameters);
   block.share(rows);
   asm volatile("cp.async.wait_group 0;" ::: "memory");
   __syncthreads();
