@@ -10,6 +10,7 @@ from generation_helpers import Recorder, prompt, tiny_lm
 
 import mamba_ssm
 from mamba_ssm.inference import cuda_decoder
+from mamba_ssm.ops import native
 from mamba_ssm.utils.sampling import filtered_logits
 
 pytestmark = pytest.mark.skipif(
@@ -182,3 +183,20 @@ def test_draws_follow_the_filtered_distribution(options):
     freedom = len(wanted) - 1
     # Four standard deviations above the mean of a chi-square variable; the seeds are fixed.
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5, (statistic, freedom)
+
+
+@pytest.mark.skipif(not native.has_kernel("_argmax_rows", "cuda"), reason="no compiled kernel")
+@pytest.mark.parametrize("cg", [None, False])
+def test_greedy_choices_of_a_kernel_are_those_of_torch(cg, monkeypatch):
+    model, ids, chosen = tiny_lm(device="cuda"), prompt(20, 6, "cuda"), []
+    plain = type(model).greedy_into
+    monkeypatch.setattr(
+        type(model), "greedy_into", lambda *a: chosen.append(plain(*a)) or chosen[-1]
+    )
+    tokens = model.generate(ids, 20, cg=cg)
+    assert chosen and all(chosen)
+    ended = model.generate(ids, 20, cg=cg, eos_token_id=int(tokens[0, 9]))
+    monkeypatch.setattr(type(model), "greedy_into", lambda *a: False)
+    model._decoding_cache = None
+    assert torch.equal(tokens, model.generate(ids, 20, cg=cg))
+    assert torch.equal(ended, model.generate(ids, 20, cg=cg, eos_token_id=int(tokens[0, 9])))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mamba_ssm.ops import native
 from mamba_ssm.utils.generation import (
     modify_logit_for_repetition_penalty,
     modify_logits_for_min_p_filtering,
@@ -185,21 +186,50 @@ def test_bad_shape(shape):
         sample(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("vocab", [5, 2048, 11_264, 11_265, 50_280])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_greedy_takes_what_argmax_takes(vocab, dtype):
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+
+
+@on_devices
+@pytest.mark.parametrize("vocab", [1, 5, 2048, 11_264, 11_265, 50_280])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_greedy_takes_what_argmax_takes(vocab, dtype, device):
     """Also among equals, at both ends, beside infinities and with a NaN."""
     generator = torch.Generator().manual_seed(vocab)
-    logits = torch.randn(12, vocab, generator=generator).to(dtype)
+    logits = torch.randn(14, vocab, generator=generator).to(device, dtype)
     logits[1], logits[2] = 0.0, -torch.inf
+    logits[11], logits[11, vocab // 2 :], logits[12] = -0.0, 0.0, torch.nan
     logits[3, -1] = logits[4, 0] = 9.0
     logits[5, vocab // 2] = torch.nan
     logits[6, :: max(1, vocab // 7)] = 9.0
     logits[7, -2:] = 9.0
     logits[8, vocab // 3], logits[9, vocab // 3] = torch.inf, -torch.inf
-    logits[10, 1], logits[10, -1] = torch.nan, torch.inf
+    logits[10, vocab // 4], logits[10, -1] = torch.nan, torch.inf
     before = logits.clone()
     assert torch.equal(sample(logits), logits.argmax(-1))
+    for part in (logits, logits[:, vocab // 3 :], logits[:, : vocab // 2 + 1]):
+        places = torch.full((14,), -1, device=device)
+        torch.ops.mamba_ssm._argmax_rows(part, places)
+        assert torch.equal(places, part.argmax(-1))
     assert torch.equal(sample(logits[:, ::2]), logits[:, ::2].argmax(-1))
     assert sample(logits[:0]).shape == (0,)
     torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
+
+
+@on_devices
+def test_argmax_rows_is_registered_properly(device):
+    arguments = (torch.randn(3, 50, device=device), torch.zeros(3, dtype=torch.long, device=device))
+    op = torch.ops.mamba_ssm._argmax_rows
+    torch.library.opcheck(op.default if device == "cuda" else op.reference, arguments)
+
+
+@needs_cuda
+@pytest.mark.skipif(not native.has_kernel("_argmax_rows", "cuda"), reason="no compiled kernel")
+def test_argmax_rows_refuses_what_it_does_not_serve():
+    values, places = torch.randn(3, 8, device="cuda"), torch.zeros(3, dtype=torch.long).cuda()
+    for bad in (
+        (values[:, ::2], places), (values[:, :0], places), (values.double(), places),
+        (values, places[:2]), (values, places.int()), (values, places.cpu()),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="_argmax_rows"):
+            torch.ops.mamba_ssm._argmax_rows(*bad)

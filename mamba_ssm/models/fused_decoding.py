@@ -37,6 +37,19 @@ class FusedDecoding:
         used; ``mamba_ssm.inference.cuda_prefill.why_not`` says why."""
         return cuda_prefill.prefill_for(self) if self.backbone.embedding.weight.is_cuda else None
 
+    def greedy_into(self, logits: torch.Tensor, tokens: torch.Tensor) -> bool:
+        """Whether a kernel wrote the most likely token of each row of logits (b, V) into tokens
+        (b,) int64: the first one among equals, or a NaN. Where it did not, torch's argmax does."""
+        served = (
+            logits.is_cuda
+            and type(logits) is torch.Tensor
+            and logits.stride(-1) == 1
+            and backend.runs_native("_argmax_rows", "cuda", logits.dtype)
+        )
+        if served:
+            torch.ops.mamba_ssm._argmax_rows(logits, tokens)
+        return served
+
     def one_look(self) -> AbstractContextManager[None]:
         """Within it, the questions above and below look at the model's parts once."""
         return served.one_look(self)

@@ -52,6 +52,7 @@ SHIPPED_KERNELS = {
             "_mixer_step",
             "_decode_step_weights",
             "_prefill_layers",
+            "_argmax_rows",
             "_cross_entropy",
             "_mamba_block_fwd",
             "_mamba_block_bwd",

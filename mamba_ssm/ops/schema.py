@@ -31,6 +31,7 @@ from .reference import decode as _ref_decode
 from .reference import mamba_block as _ref_block
 from .reference import mixer_step as _ref_mixer
 from .reference import norm as _ref_norm
+from .reference import sampling as _ref_sampling
 from .reference import selective_scan as _ref_scan
 from .reference import state_update as _ref_update
 
@@ -398,6 +399,14 @@ OPS: tuple[Op, ...] = (
         "fp32 where their dtype is; y goes with bit 16, rows and in_proj with bits 1 and 2",
         _ref_block.mamba_block_bwd,
         _block_bwd_fake,
+    ),
+    Op(
+        "_argmax_rows",
+        "(Tensor values, Tensor(a!) places) -> ()",
+        "where the largest of each row (b,v) stands into places (b,) int64: the first among "
+        "equals, or the first NaN",
+        _ref_sampling.argmax_rows,
+        lambda values, places: None,
     ),
     Op(
         "_cross_entropy",

@@ -7,6 +7,7 @@ then.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +66,21 @@ class Chooser:
         capacity: int,
         device: torch.device,
         generator: torch.Generator | None = None,
+        tokens: Tensor | None = None,
+        greedy_into: Callable[[Tensor, Tensor], bool] | None = None,
     ) -> None:
-        self.choice, self.generator = choice, generator
+        """``tokens``: where the choices go, if not to a tensor of its own. ``greedy_into``: the
+        model's own way to find the likeliest tokens, see its ``greedy_into``."""
+        self.choice, self.generator, self._greedy_into = choice, generator, greedy_into
+        # No row pads: the common case, in few operations.
+        self._is_plain = not choice.ends and not choice.keeps_seen
         long = {"dtype": torch.long, "device": device}
         self.eos = torch.tensor(choice.eos, **long)
-        self.tokens, self.last = torch.zeros(batch, **long), torch.zeros(batch, **long)
-        self.tokens_seen = torch.zeros(batch, **long)
+        self.tokens = torch.zeros(batch, **long) if tokens is None else tokens
+        self.last = self.tokens if self._is_plain else torch.zeros(batch, **long)
+        self._numbers = torch.zeros(1 + batch, **long)
+        self.count, self.tokens_seen = self._numbers[0], self._numbers[1:]
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.count = torch.zeros((), **long)
         self._rows = torch.zeros(capacity, batch, **long)
         self.history = self._rows.t()
         self.seen = None
@@ -100,16 +108,24 @@ class Chooser:
             if choice.repetition_penalty != 1.0:
                 seen = self.seen[:, : logits.shape[1]]
                 logits = penalise_seen_(logits.clone(), seen, choice.repetition_penalty)
-            forced = sample(
-                logits,
-                choice.top_k,
-                choice.top_p,
-                choice.min_p,
-                choice.temperature,
-                generator=self.generator,
-            )
+            forced = self._choose(logits)
         self._note(forced)
         return self.tokens
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        choice = self.choice
+        if not choice.is_random and self._greedy_into is not None:
+            tokens = self.tokens if self._is_plain else torch.empty_like(self.tokens)
+            if self._greedy_into(logits, tokens):
+                return tokens
+        return sample(
+            logits,
+            choice.top_k,
+            choice.top_p,
+            choice.min_p,
+            choice.temperature,
+            generator=self.generator,
+        )
 
     def choose_with(self, decoder: Any, caches: dict[int, Any]) -> Tensor:
         """The next token of each row, by a step that consumes the last ones and chooses itself.
@@ -126,7 +142,7 @@ class Chooser:
         vocab = self._logits.shape[1]
         # Between two steps a torch call costs ten times what it does in a loop of its own: the
         # step has taken its code and data out of the caches. So the common case makes but one.
-        chosen = self._chosen if choice.ends or self.seen is not None else self._next_row()
+        chosen = self._next_row() if self._is_plain else self._chosen
         decoder.choose(
             self.tokens,
             caches,
@@ -159,22 +175,23 @@ class Chooser:
         if self._uncounted:
             self.count += self._uncounted
             self.tokens_seen += self._uncounted
-            self.tokens, self.last = self.tokens.clone(), self.last.clone()  # out of the history
+            self.tokens = self.last = self.tokens.clone()  # out of the history
             self._uncounted = 0
 
     def _note(self, tokens: Tensor) -> None:
         self.settle()
-        if not self.choice.ends and self.seen is None:
-            # Without ends no row pads: the common case, in few operations.
-            self.tokens.copy_(tokens)
-            self.last.copy_(tokens)
-            self.tokens_seen += 1
+        if self._is_plain:
+            if tokens is not self.tokens:
+                self.tokens.copy_(tokens)
         else:
             torch.where(self.finished, self.last, tokens, out=self.last)
             self.tokens_seen += ~self.finished
             self.tokens.copy_(torch.where(self.finished, self.choice.pad, tokens))
         position = self.count.expand(len(self.tokens), 1)
         self.history.scatter_(1, position, self.tokens.unsqueeze(1))
+        if self._is_plain:
+            self._numbers += 1
+            return
         self.count += ~self.finished.all() if self.choice.ends else 1
         if self.seen is not None:
             self.seen.scatter_(1, self.last.unsqueeze(1), True)
@@ -190,7 +207,13 @@ class GraphedSteps:
     """
 
     def __init__(
-        self, cache: DecodingCGCache, choice: Choice, limit: int, generator: Any, seed: int | None
+        self,
+        cache: DecodingCGCache,
+        choice: Choice,
+        limit: int,
+        generator: Any,
+        seed: int | None,
+        greedy_into: Callable[[Tensor, Tensor], bool] | None = None,
     ) -> None:
         self.cache = cache
         self.step = cache.callables[cache.max_batch_size, 1]
@@ -200,7 +223,10 @@ class GraphedSteps:
         if entry is None or entry[0].history.shape[1] < limit:
             batch, vocab = logits.shape
             capacity = max(64, 1 << (limit - 1).bit_length())
-            chooser = Chooser(choice, batch, vocab, capacity, logits.device, generator)
+            # What it chooses is the step's next input.
+            ids = self.step.input_ids.view(-1)
+            size = (batch, vocab, capacity)
+            chooser = Chooser(choice, *size, logits.device, generator, ids, greedy_into)
             state = None
             if generator is None and choice.is_random:
                 state = torch.cuda.get_rng_state(logits.device)
@@ -221,12 +247,11 @@ class GraphedSteps:
 
         Stops soon after every row is finished. ``on_token(tokens (b,))`` sees each step's choice.
         """
-        tokens, ids = self.chooser.tokens, self.step.input_ids
+        tokens = self.chooser.tokens
         for step in range(count):
             look = step % _LOOK_EVERY == 0 or on_token is not None
             if self.chooser.choice.ends and look and bool(self.chooser.finished.all()):
                 return step
-            ids.copy_(tokens.unsqueeze(1))
             self.step.graph.replay()
             self.graph.replay()
             if on_token is not None:

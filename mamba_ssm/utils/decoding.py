@@ -217,14 +217,14 @@ class DecodeLoop:
         generator = None
         if r.seed is not None:
             generator = torch.Generator(self.device).manual_seed(r.seed)
-        steps = None
+        steps, greedy_into = None, getattr(r.model, "greedy_into", None)
         by_host = self.stops is not None or r.output_scores or r.teacher_outputs is not None
         if self.graph is not None and not (by_host or (r.return_state and r.eos)):
-            steps = GraphedSteps(self.graph, choice, self.limit, generator, r.seed)
+            steps = GraphedSteps(self.graph, choice, self.limit, generator, r.seed, greedy_into)
             self.chooser = steps.chooser
         else:
             size = (self.batch, vocab, self.limit)
-            self.chooser = Chooser(choice, *size, self.device, generator)
+            self.chooser = Chooser(choice, *size, self.device, generator, None, greedy_into)
         known = 0 if r.state is None else r.state.tokens_seen.to(self.device) - 1
         valid = self.ids.shape[1] if self.mask is None else self.mask.sum(dim=1)
         last = self.ids[:, -1]
