@@ -37,6 +37,17 @@ void check_limits(const ScanCall& call) {
                   p.state_dim);
 }
 
+// The forward's kernels, with the scratch memory that they want.
+void launch_forward(const ScanCall& call, const ScanParams& p, const CudaScanEvents& events,
+                    const Tensor& like, void* stream) {
+  std::optional<Tensor> scratch;
+  if (const int64_t count = scan_forward_scratch(p, events)) {
+    scratch = fresh(like, Sizes{count}, ScalarType::Float);
+  }
+  check_launch(call.op, scan_forward_cuda(
+                            p, events, scratch ? mutable_float_data(*scratch) : nullptr, stream));
+}
+
 ThreeTensors selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,
                                 OptionalTensor D, OptionalTensor z, OptionalTensor delta_bias,
                                 bool delta_softplus, OptionalTensor initial_state,
@@ -57,13 +68,7 @@ ThreeTensors selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tens
   const DeviceEvents device(call, u, stream);
   check_launch(call.op,
                fill_unused_states_cuda(p, device.events, p.initial_state, p.final_state, stream));
-  std::optional<Tensor> scratch;
-  if (const int64_t count = scan_forward_scratch(p, device.events)) {
-    scratch = fresh(u, Sizes{count}, ScalarType::Float);
-  }
-  check_launch(call.op,
-               scan_forward_cuda(p, device.events, scratch ? mutable_float_data(*scratch) : nullptr,
-                                 stream));
+  launch_forward(call, p, device.events, u, stream);
   return {out, final_state, chunk_states};
 }
 
@@ -84,7 +89,7 @@ void block_scan_forward(const Tensor& u, const Tensor& delta, const Tensor& A, c
   const CudaScanEvents events;
   // A sequence without a step ends in the state it began with.
   check_launch(call.op, fill_unused_states_cuda(p, events, nullptr, p.final_state, stream));
-  check_launch(call.op, scan_forward_cuda(p, events, stream));
+  launch_forward(call, p, events, u, stream);
 }
 
 namespace {
@@ -92,7 +97,7 @@ namespace {
 // What the backward allocates beside its results.
 struct BackwardMemory {
   const Tensor& like;
-  std::vector<Tensor> kept;
+  std::vector<Tensor> kept = {};
   float* next = nullptr;
   int64_t left = 0;
 
@@ -168,8 +173,7 @@ void recompute_chunk_states(ScanCall& call, const CudaScanEvents& events, const 
   memory.kept.push_back(empty_like_layout(u));
   forward.out = call.arg("out", memory.kept.back(), {p.batch, p.channels, p.length}, u);
   forward.final_state = memory.scratch({p.num_states, p.channels, p.state_dim});
-  float* const scratch = memory.scratch({scan_forward_scratch(forward, events)});
-  check_launch(call.op, scan_forward_cuda(forward, events, scratch, stream));
+  launch_forward(call, forward, events, u, stream);
 }
 
 // The gradient of the initial state starts as what passes through states without a step.
