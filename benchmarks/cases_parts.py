@@ -15,6 +15,7 @@ from models import Lab
 from torch import Tensor
 
 from mamba_ssm import selective_scan_fn
+from mamba_ssm.ops import native
 from mamba_ssm.utils import sampling
 
 _CHOICES: dict[str, dict[str, Any]] = {
@@ -69,6 +70,36 @@ def choice(bench) -> list[Row]:
         ]
         rows += measure(contests, bench.rounds, bench.budget)
     return rows
+
+
+def integers(bench) -> list[Row]:
+    """Decoding int8, batch 1, 4 and 12: products summed in integers, or in floats."""
+    lab = bench.lab()
+    ours = lab.ours("int8")
+
+    def on(isa: str, batch: int, steps: int) -> Callable[[], float]:
+        def run() -> float:
+            native.force_cpu_isa(isa)
+            try:
+                return ours.decode(lab.ids(batch, 4), steps)
+            finally:
+                native.force_cpu_isa("auto")
+
+        return run
+
+    contests = []
+    for batch, steps in ((1, 24), (4, 12), (12, 6)):
+        case = f"{lab.shape} decode batch {batch} int8"
+        contest = Contest(case, "tokens/s", batch * steps, [])
+        if "avx512_bf16" in native.available_cpu_isas():
+            contest.contestants += [
+                Contestant(OURS, on("auto", batch, steps)),
+                Contestant("summed in floats", on("avx512", batch, steps)),
+            ]
+        else:
+            contest.absent.append((OURS, "integers need avx512_bf16 and avx512_vnni"))
+        contests.append(contest)
+    return measure(contests, max(bench.rounds, 9), bench.budget)
 
 
 def _scan_inputs(batch: int, dim: int, length: int, n: int) -> list[Tensor]:

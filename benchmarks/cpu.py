@@ -45,6 +45,7 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "scan": cases_op.scan,
     "million": cases_lm.million,
     "choice": cases_parts.choice,
+    "integers": cases_parts.integers,
     "segments": cases_parts.segments,
     "linears": cases_parts.linears,
 }

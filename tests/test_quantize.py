@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from decode_helpers import copied, fused_step, make_model, module_step, needs_native, random_cache
+from decode_helpers import (
+    copied,
+    fused_step,
+    make_model,
+    module_step,
+    needs_native,
+    oracle_step,
+    random_cache,
+)
 
 import mamba_ssm
 from mamba_ssm.inference import Int8Linear, is_quantized
@@ -19,6 +27,11 @@ from mamba_ssm.utils.hf import CheckpointError
 
 REPOSITORY = Path(__file__).parent.parent
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def sliced(cache, rows):
+    """The first rows of a copy."""
+    return {i: tuple(t[:rows].clone() for t in layer) for i, layer in cache.items()}
 
 
 @pytest.mark.parametrize("group_size", [None, 8, 7])
@@ -59,7 +72,7 @@ def test_layer_is_a_linear_layer_of_the_rounded_weight(shape, group_size, bias, 
 
 
 @needs_native
-@pytest.mark.parametrize("group_size", [None, 8, 16])
+@pytest.mark.parametrize("group_size", [None, 8, 10, 16])  # of 40 and 80 inputs
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_fused_step_equals_modules(dtype, group_size):
     model = make_model(dtype).quantize_("int8", group_size)
@@ -77,6 +90,53 @@ def test_fused_step_equals_modules(dtype, group_size):
                 for i, layer in cache.items():
                     for ours, theirs in zip(layer, expected_cache[i], strict=True):
                         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+        finally:
+            native.force_cpu_isa("auto")
+
+
+@needs_native
+@pytest.mark.parametrize("group_size", [None, 10])
+def test_integer_sums_are_as_good_as_floats(group_size):
+    isas = native.available_cpu_isas()
+    if "avx512_bf16" not in isas:
+        pytest.skip("this processor lacks avx512_bf16 or avx512_vnni: sums are floats")
+    model = make_model(d_model=160).quantize_("int8", group_size)
+    with torch.no_grad():  # one input that dwarfs the others
+        model.backbone.norm_f.weight[7] = 3000
+    cache, errors = random_cache(model, 16, F32), {}
+    ids = torch.arange(16)
+    exact, _ = oracle_step(model, ids, cache)
+    for isa in isas[isas.index("avx512") :]:
+        native.force_cpu_isa(isa)
+        try:
+            logits = {n: fused_step(model, ids[:n], sliced(cache, n)) for n in (16, 12, 4, 3, 1)}
+        finally:
+            native.force_cpu_isa("auto")
+        assert all(torch.equal(part, logits[16][:n]) for n, part in logits.items()), isa
+        errors[isa] = (logits[16].double() - exact).abs().max()
+    assert max(errors.values()) <= 2 * errors["avx512"], errors
+
+
+@needs_native
+def test_integer_sums_of_extreme_rows():
+    """Tiny rows keep their digits; a row that is not finite gives NaN, and only that row."""
+    model = make_model(n_layer=1).quantize_("int8")
+    head = model.lm_head
+    ids = torch.arange(4)
+    for isa in native.available_cpu_isas():
+        native.force_cpu_isa(isa)
+        try:
+            with torch.no_grad():
+                model.backbone.norm_f.weight.fill_(1e-33)
+                logits = fused_step(model, ids, random_cache(model, 4))
+                expected = module_step(model, ids, random_cache(model, 4))
+                torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-37)
+                assert head.bias is None and bool((logits != 0).any())
+                model.backbone.norm_f.weight.fill_(1.0)
+                cache = random_cache(model, 4)
+                cache[0][1][2] = float("inf")
+                logits = fused_step(model, ids, cache)
+            assert bool(logits[2].isnan().all()) and bool(logits[[0, 1, 3]].isfinite().all()), isa
         finally:
             native.force_cpu_isa("auto")
 

@@ -135,6 +135,18 @@ MAMBA_INLINE void write_some(typename E::T* p, Vec v, int count) {
   std::memcpy(p, all, sizeof(typename E::T) * static_cast<size_t>(count));
 }
 
+// a * b + c in one rounding where the processor can. Written as an expression, the compiler decides
+// anew in every place whether it is one.
+MAMBA_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 MAMBA_INLINE Vec min(Vec a, float b) { return a < b ? a : broadcast(b); }
 MAMBA_INLINE Vec max(Vec a, float b) { return a > b ? a : broadcast(b); }
 

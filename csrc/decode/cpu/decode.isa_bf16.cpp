@@ -15,6 +15,8 @@ struct Scratch {
   Activations x_in, y_in;                    // inputs of x_proj and out_proj
   float *residual, *B, *C;                   // own
   Activations normed, dt_in, head_in;        // own
+  char* prepared = nullptr;                  // own: the rows that a product reads
+  Stretch* stretches = nullptr;              // own: what it reads, see Worker::list_stretches
   int64_t bytes = 0;
 
   Scratch(const DecodeParams& p, void* base, int64_t member, int64_t members) {
@@ -47,7 +49,15 @@ struct Scratch {
       normed = activations(layer.in_x);
       dt_in = activations(layer.dt_proj);
       head_in = activations(p.lm_head);
+      int64_t most = 0;
+      for (const auto* w : {&layer.in_x, &layer.x_proj, &layer.out_proj, &p.lm_head}) {
+        most = std::max(most, prepared_bytes(*w));
+      }
+      prepared = reinterpret_cast<char*>(take(rows * most / 4));
+      stretches = reinterpret_cast<Stretch*>(
+          take((kLayerStretches * p.layers + 1) * static_cast<int64_t>(sizeof(Stretch) / 4)));
     }
+    for (auto* x : {&x_in, &y_in, &normed, &dt_in, &head_in}) x->prepared = prepared;
     bytes = shared + bytes * members;
   }
 };
@@ -102,7 +112,7 @@ struct Worker {
         channels(params.channels()),
         width(round_up(params.d_model, kBlock)),
         state(params.padded_state()),
-        upcoming(stretches()) {}
+        upcoming(s.stretches, list_stretches()) {}
 
   Range share(int64_t count) const {
     return {count * member / members, count * (member + 1) / members};
@@ -113,21 +123,22 @@ struct Worker {
     return {&w, mine.begin, mine.end};
   }
 
-  // In the order of the calls of for_each_output; what the states' steps read comes after dt_proj.
-  std::vector<Stretch> stretches() const {
-    std::vector<Stretch> all;
+  // Writes them in the order of the calls of for_each_output; what the states' steps read comes
+  // after dt_proj. Returns their number.
+  int64_t list_stretches() const {
+    Stretch* next = s.stretches;
     for (const DecodeLayer* layer = p.layer; layer < p.layer + p.layers; ++layer) {
       for (const auto* w : {&layer->in_x, &layer->in_z, &layer->x_proj, &layer->dt_proj}) {
-        all.push_back(share_of(*w).stretch());
+        *next++ = share_of(*w).stretch();
       }
       const Range blocks = share(layer->dt_proj.blocks());
       const int64_t bytes = kBlock * state * 4;
-      all.push_back({reinterpret_cast<const char*>(layer->A) + blocks.begin * bytes,
-                     (blocks.end - blocks.begin) * bytes});
-      all.push_back(share_of(layer->out_proj).stretch());
+      *next++ = {reinterpret_cast<const char*>(layer->A) + blocks.begin * bytes,
+                 (blocks.end - blocks.begin) * bytes};
+      *next++ = share_of(layer->out_proj).stretch();
     }
-    all.push_back(share_of(p.lm_head).stretch());
-    return all;
+    *next++ = share_of(p.lm_head).stretch();
+    return next - s.stretches;
   }
 
   // How many lines of what comes next to ask for after each output of a product.
@@ -209,6 +220,7 @@ struct Worker {
 
   // x and z of this member's channels; x goes through the convolution at once.
   void project_in(const DecodeLayer& layer) const {
+    s.normed.prepare(layer.in_x, p);  // in_z has scales of the same groups
     for_each_output(share_of(layer.in_x), s.normed, p, upcoming, lines(layer.in_x),
                     [&](int64_t block, const Tile& tile, int64_t r, float* values) {
                       convolve(layer, block, tile, r, values);
@@ -318,6 +330,7 @@ struct Worker {
 
   void select(const DecodeLayer& layer) const {
     const int64_t outputs = layer.x_proj.blocks() * kBlock;
+    s.x_in.prepare(layer.x_proj, p);
     for_each_output(share_of(layer.x_proj), s.x_in, p, upcoming, lines(layer.x_proj),
                     [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
                       std::copy(values, values + kBlock,
@@ -413,6 +426,7 @@ struct Worker {
   }
 
   void project_out(const DecodeLayer& layer) const {
+    s.y_in.prepare(layer.out_proj, p);
     for_each_output(share_of(layer.out_proj), s.y_in, p, upcoming, lines(layer.out_proj),
                     [&](int64_t block, const Tile& tile, int64_t r, const float* values) {
                       std::copy(values, values + kBlock,
@@ -421,6 +435,7 @@ struct Worker {
   }
 
   void logits() const {
+    s.head_in.prepare(p.lm_head, p);
     with_dtype(p.logits.dtype, [&](auto type) {
       using E = decltype(type);
       auto* to = static_cast<typename E::T*>(p.logits.data);

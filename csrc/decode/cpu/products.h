@@ -40,11 +40,14 @@ struct Activations {
   float* data = nullptr;
   int64_t in = 0;
   ActivationLayout layout = ActivationLayout::kFloats;
+  char* prepared = nullptr;  // layout kRows: memory of this thread's for prepared rows
 
   static int64_t floats(int64_t rows, int64_t in) { return rows * round_up(in, kTileInputs); }
 
   char* tile(const Tile& t) const {
-    if (layout == ActivationLayout::kFloats) return reinterpret_cast<char*>(data + t.first * in);
+    if (layout == ActivationLayout::kFloats || layout == ActivationLayout::kRows) {
+      return reinterpret_cast<char*>(data + t.first * in);
+    }
     const int64_t padded = layout == ActivationLayout::kPairs ? in : round_up(in, kTileInputs);
     return reinterpret_cast<char*>(data) + t.first * padded * 2;
   }
@@ -52,6 +55,10 @@ struct Activations {
   // Inputs [k, k + count) of one row; k is a multiple of kBlock.
   MAMBA_INLINE void put(const Tile& t, int64_t row, int64_t k, const float* values,
                         int64_t count) const {
+    if (layout == ActivationLayout::kRows) {
+      std::copy(values, values + count, data + (t.first + row) * in + k);
+      return;
+    }
     if (layout == ActivationLayout::kFloats) {
       float* const start = reinterpret_cast<float*>(tile(t)) + row;
       for (int64_t i = 0; i < count; ++i) start[(k + i) * t.width] = values[i];
@@ -71,6 +78,20 @@ struct Activations {
     }
   }
 
+  // To be called when all inputs are there, before the products with `w`.
+  void prepare(const PackedWeight& w, const DecodeParams& p) const {
+    if (layout != ActivationLayout::kRows) return;
+    const auto write = select_product(w, 1).prepare;
+    for (Tile t; t.first < p.batch; t.first += t.width) {
+      t = next_tile(p, t.first);
+      write(w, data + t.first * in, t.rows, t.width, prepared + t.first * prepared_bytes(w));
+    }
+  }
+
+  const char* ready(const PackedWeight& w, const Tile& t) const {
+    return layout == ActivationLayout::kRows ? prepared + t.first * prepared_bytes(w) : tile(t);
+  }
+
  private:
   MAMBA_INLINE void put_rounded(const Tile& t, int64_t row, int64_t k, const uint16_t* values,
                                 int64_t count) const {
@@ -85,6 +106,8 @@ struct Activations {
     }
   }
 };
+
+constexpr int64_t kLayerStretches = 6;  // five weights and A
 
 // The blocks of a weight that a thread reads.
 struct Share {
@@ -102,12 +125,13 @@ MAMBA_INLINE void multiply(const Share& share, const Activations& x, const Tile&
                            int64_t block, int64_t end, Upcoming& upcoming, int64_t lines, F&& f) {
   const PackedWeight& w = *share.w;
   alignas(64) float out[kProductFloats];
-  const Product product = select_product(w.kind, tile.width);
+  const Product product = select_product(w, tile.width);
+  const char* const ready = x.ready(w, tile);
   while (block < end) {
     const bool many = end - block >= product.blocks_at_once;
     const int64_t done = block + (many ? product.blocks_at_once : 1);
     upcoming.reached(share.bytes(done - share.begin));
-    (many ? product.many : product.one)(w, block, x.tile(tile), out);
+    (many ? product.many : product.one)(w, block, ready, out);
     for (float* values = out; block < done; ++block) {
       for (int64_t r = 0; r < tile.width; ++r, values += kBlock) {
         if (r >= tile.rows) continue;  // padding
@@ -121,9 +145,7 @@ MAMBA_INLINE void multiply(const Share& share, const Activations& x, const Tile&
   }
 }
 
-inline ActivationLayout layout_for(const PackedWeight& w) {
-  return select_product(w.kind, 1).layout;
-}
+inline ActivationLayout layout_for(const PackedWeight& w) { return select_product(w, 1).layout; }
 
 // Calls f(block, tile, row of the tile, values) for every output of a share of a weight, bias
 // included; values are kBlock floats that f may overwrite. Then it asks for `lines` of what comes

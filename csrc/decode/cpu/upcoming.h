@@ -4,8 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
-#include <vector>
 
 #include "../../common/simd.h"
 
@@ -23,7 +21,7 @@ struct Stretch {
 // rows for a third of the time.
 class Upcoming {
  public:
-  explicit Upcoming(std::vector<Stretch> stretches) : stretches_(std::move(stretches)) {}
+  Upcoming(const Stretch* stretches, int64_t count) : stretches_(stretches), count_(count) {}
 
   // The thread begins to read the stretch after the one that it was at; at first, number 0.
   void next_stretch() {
@@ -47,20 +45,21 @@ class Upcoming {
     const char* const end = std::min(line + lines * 64, stretch.begin + stretch.bytes);
     for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
     at_ = line - stretch.begin;
-    if (at_ >= stretch.bytes && asked_ + 1 < stretches_.size()) {
+    if (at_ >= stretch.bytes && asked_ + 1 < count_) {
       asked_start_ += stretch.bytes, ++asked_, at_ = 0;
     }
   }
 
  private:
   static constexpr int64_t kMostAhead = int64_t{1} << 19;  // half of a second-level cache
-  const std::vector<Stretch> stretches_;
+  const Stretch* const stretches_;
+  const int64_t count_;
   // The stretch that is being read, and the bytes before it, before its end, before the place in
   // it.
-  size_t current_ = static_cast<size_t>(-1);
+  int64_t current_ = -1;
   int64_t start_ = 0, end_ = 0, reached_ = 0;
   // The stretch that is being asked for, the bytes before it, and those of it that were.
-  size_t asked_ = 0;
+  int64_t asked_ = 0;
   int64_t asked_start_ = 0, at_ = 0;
 };
 

@@ -3,6 +3,9 @@
 #include <algorithm>
 
 #include "../../common/simd.h"
+#if defined(__AVX512VNNI__)
+#include "int8_digits.h"
+#endif
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC warns of the placeholder operands inside its own AVX-512 headers.
@@ -235,8 +238,7 @@ void product_int8(const PackedWeight& weight, int64_t block, const void* x, floa
         const Vec scale = load(scales + (b * groups + group) * kBlock + v * kLanes);
         for (int r = 0; r < kRows; ++r) {
           float* p = out + (b * kRows + r) * kBlock + v * kLanes;
-          const Vec scaled = sums[b * kVecs + v][r] * scale;
-          store(p, group ? load(p) + scaled : scaled);
+          store(p, multiply_add(sums[b * kVecs + v][r], scale, group ? load(p) : Vec{}));
         }
       }
     }
@@ -313,11 +315,24 @@ void product_tiles(const PackedWeight& weight, int64_t block, const void* x, flo
 }
 #endif
 
+#if defined(__AVX512VNNI__)
+bool in_integers(const PackedWeight& w) {
+  return w.kind == WeightKind::kInt8 && w.group <= kMostSummed;
+}
+#endif
+
 template <int kRows>
-Product select_kind(WeightKind kind) {
+Product select_kind(const PackedWeight& w) {
   constexpr int kBlocks = blocks_at_once(kRows);
   constexpr auto kFloats = ActivationLayout::kFloats;
-  switch (kind) {
+#if defined(__AVX512VNNI__)
+  if (in_integers(w)) {
+    constexpr int kMany = digit_blocks(kRows);
+    return {product_digits<kRows, kMany>, product_digits<kRows, 1>, kMany, ActivationLayout::kRows,
+            write_digits};
+  }
+#endif
+  switch (w.kind) {
     case WeightKind::kFloat16:
       return {product<ReadF16, kRows, kBlocks>, product<ReadF16, kRows, 1>, kBlocks, kFloats};
     case WeightKind::kBFloat16:
@@ -360,28 +375,37 @@ int64_t next_tile_rows(int64_t rows) {
   return largest;
 }
 
-Product select_product(WeightKind kind, int64_t rows) {
+int64_t prepared_bytes(const PackedWeight& w) {
+#if defined(__AVX512VNNI__)
+  if (in_integers(w)) return digit_bytes(w);
+#else
+  static_cast<void>(w);
+#endif
+  return 0;
+}
+
+Product select_product(const PackedWeight& w, int64_t rows) {
   switch (rows) {
 #if MAMBA_LANES == 16
     case 16:
-      return select_kind<16>(kind);
+      return select_kind<16>(w);
     case 12:
-      return select_kind<12>(kind);
+      return select_kind<12>(w);
     case 8:
-      return select_kind<8>(kind);
+      return select_kind<8>(w);
 #endif
 #if MAMBA_LANES >= 8
     case 6:
-      return select_kind<6>(kind);
+      return select_kind<6>(w);
     case 4:
-      return select_kind<4>(kind);
+      return select_kind<4>(w);
 #endif
     case 3:
-      return select_kind<3>(kind);
+      return select_kind<3>(w);
     case 2:
-      return select_kind<2>(kind);
+      return select_kind<2>(w);
     default:
-      return select_kind<1>(kind);
+      return select_kind<1>(w);
   }
 }
 
