@@ -70,13 +70,13 @@ cuda: $(VENV)/.package
 SANITIZED := build/sanitize
 SANITIZE_TESTS ?= test_selective_scan.py test_causal_conv1d.py test_norm.py test_state_update.py \
 	test_native_isa.py test_native_conv_norm.py test_native_state_update.py test_cpu_decode.py \
-	test_cpu_choice.py test_native_scan_segments.py
+	test_cpu_choice.py test_native_scan_segments.py test_quantize.py
 sanitize: $(VENV)/.dev
 	$(BIN)/python -m mamba_ssm build --device cpu --sanitize --output $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 CXX=g++ \
 	UBSAN_OPTIONS=print_stacktrace=1 MAMBA_SSM_LIBRARY_DIR=$(abspath $(SANITIZED)) \
-	$(BIN)/python -m pytest -q -p no:cacheprovider -k "native and not compiles and not wide_code" \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -k "(native or cpu_decode or cpu_choice or quantize) and not compiles and not wide_code" \
 	$(addprefix tests/,$(SANITIZE_TESTS))
 
 bench: $(VENV)/.dev $(VENV)/.kernels

@@ -83,7 +83,9 @@ inline void write_group(const float* x, int64_t count, float steps, float step, 
   // A rest is 256 * (the next rest) + its digit, also modulo 2^32.
   uint32_t totals[kDigits + 1] = {};
   for (int digit = 0; digit < kDigits; ++digit) {
-    totals[digit] = static_cast<uint32_t>(_mm512_reduce_add_epi32((__m512i)sums[digit]));
+    uint32_t lanes[kLanes];
+    std::memcpy(lanes, &sums[digit], sizeof(lanes));
+    for (const uint32_t lane : lanes) totals[digit] += lane;
   }
   for (int digit = 0; digit < kDigits; ++digit) {
     const uint32_t start = (totals[digit] - 256 * totals[digit + 1]) * uint32_t(-128);
