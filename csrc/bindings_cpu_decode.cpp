@@ -114,6 +114,18 @@ void read_layer(LayoutReader& in, const DecodeParams& p, DecodeLayer& layer) {
   layer.out_proj = in.weight("out_proj", p.d_model, p.d_inner);
 }
 
+// Inputs are laid out once for the products of all layers.
+void check_alike(const DecodeLayer& layer, const DecodeLayer& first) {
+  const auto alike = [](const PackedWeight& a, const PackedWeight& b) {
+    return a.kind == b.kind && a.group == b.group;
+  };
+  STD_TORCH_CHECK(alike(layer.in_x, first.in_x) && alike(layer.in_z, first.in_x) &&
+                      alike(layer.x_proj, first.x_proj) && alike(layer.dt_proj, first.dt_proj) &&
+                      alike(layer.out_proj, first.out_proj),
+                  kOp,
+                  ": layout says that layers differ in a weight's kind or in its group of inputs");
+}
+
 TensorArg state_arg(const char* name, const Tensor& t, const std::vector<int64_t>& shape,
                     const Tensor& like) {
   TensorArg arg = tensor_arg(kOp, name, t, shape, like);
@@ -187,6 +199,7 @@ DecodeParams decode_params(const Tensor& ids, const Tensor& embedding, const Ten
   layers.resize(static_cast<size_t>(p.layers));
   for (size_t i = 0; i < layers.size(); ++i) {
     read_layer(in, p, layers[i]);
+    check_alike(layers[i], layers[0]);
     layers[i].conv_state =
         state_arg("conv_states", conv_states[i], {p.batch, p.d_inner, p.d_conv}, ids);
     layers[i].ssm_state =

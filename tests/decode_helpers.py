@@ -98,9 +98,6 @@ def dequantized(model):
 def make_like(model):
     """A copy of a model."""
     config = model.config
-    twin = MambaLMHeadModel(config, dtype=model.backbone.embedding.weight.dtype).eval()
-    if is_quantized(model):
-        inputs, groups = model.lm_head.in_features, model.lm_head.scales.shape[1]
-        twin.quantize_("int8", inputs // groups if groups > 1 else None)
+    twin = MambaLMHeadModel(config, dtype=model.lm_head.weight.dtype).eval()
     twin.load_state_dict(model.state_dict())
     return twin

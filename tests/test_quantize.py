@@ -19,8 +19,9 @@ from decode_helpers import (
 )
 
 import mamba_ssm
-from mamba_ssm.inference import Int8Linear, is_quantized
+from mamba_ssm.inference import Int8Linear, cpu_decoder, is_quantized
 from mamba_ssm.inference.int8 import quantize_weight
+from mamba_ssm.inference.pack import pack_model
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 from mamba_ssm.ops import native
 from mamba_ssm.utils.hf import CheckpointError
@@ -139,6 +140,29 @@ def test_integer_sums_of_extreme_rows():
             assert bool(logits[2].isnan().all()) and bool(logits[[0, 1, 3]].isfinite().all()), isa
         finally:
             native.force_cpu_isa("auto")
+
+
+@needs_native
+@pytest.mark.parametrize("odd_one", [0, 1])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("other_groups", [False, True])
+def test_layers_that_differ_go_through_the_modules(odd_one, dtype, other_groups):
+    model = make_model(dtype)
+    if other_groups:
+        model.quantize_("int8")
+    mixer, plain = model.backbone.layers[odd_one].mixer, make_model(dtype)
+    mixer.out_proj = Int8Linear(
+        plain.backbone.layers[odd_one].mixer.out_proj, 10 if other_groups else None
+    )
+    with torch.no_grad():
+        assert "differ in which weights are int8" in cpu_decoder.why_not(model)
+        pack, layout = pack_model(model)
+        states = zip(*random_cache(model, 2).values(), strict=True)
+        with pytest.raises(RuntimeError, match="layers differ in a weight's kind or in its group"):
+            torch.ops.mamba_ssm._decode_step(
+                torch.arange(2), model.backbone.embedding.weight, pack, layout, *map(list, states)
+            )
+    assert model.generate(torch.tensor([[1, 2, 3]]), 9).shape == (1, 9)
 
 
 @needs_native

@@ -149,6 +149,12 @@ def check_model(model: nn.Module, device_type: str, with_int8: bool) -> list[Ten
     return found
 
 
+def _int8_groups(mixer: nn.Module) -> tuple[int, ...]:
+    """Groups of inputs with a scale, of each large linear layer; 0 where weights are not int8."""
+    layers = (mixer._modules[name] for name in ("in_proj", "x_proj", "out_proj"))
+    return tuple(m.scales.shape[1] if isinstance(m, Int8Linear) else 0 for m in layers)
+
+
 def _check_model(model: nn.Module, device_type: str, with_int8: bool) -> list[Tensor]:
     backbone = model.backbone
     for name, module, forward in (
@@ -181,6 +187,8 @@ def _check_model(model: nn.Module, device_type: str, with_int8: bool) -> list[Te
     sizes = {(m.d_inner, m.d_state, m.d_conv, m.dt_rank) for m in mixers}
     if len(sizes) > 1:
         raise NotServed("the layers differ in size")
+    if len({_int8_groups(mixer) for mixer in mixers}) > 1:
+        raise NotServed("the layers differ in which weights are int8, or in their groups")
     dtype, tensors = backbone.embedding.weight.dtype, floats + others
     # As sets: of hundreds of tensors, asking each costs the host more than all else here.
     if dtype not in _DTYPES or {t.dtype for t in floats} != {dtype}:
